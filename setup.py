@@ -1,0 +1,45 @@
+"""Builds the package from settings.ini, and ships the experiment notebooks inside it."""
+from configparser import ConfigParser
+from pathlib import Path
+import shutil
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+
+class BuildWithNotebooks(build_py):
+    """Papermill runs notebooks, so an installed library must carry the two that the study is made of."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / cfg["lib_path"] / "experiments"
+        target.mkdir(parents=True, exist_ok=True)
+        for notebook in sorted((here / "nbs" / "experiments").glob("*.ipynb")):
+            shutil.copy2(notebook, target / notebook.name)
+
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["facevae", "facevae.*"]),
+    include_package_data=True,
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    cmdclass={"build_py": BuildWithNotebooks},
+    zip_safe=False,
+)
