@@ -34,6 +34,7 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
+    classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter", "Intended Audience :: Science/Research"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["facevae", "facevae.*"]),
     include_package_data=True,
