@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['settings_text', 'Cell', 'default_workers', 'worker_environment', 'plan', 'run_sweep', 'report']
 
-# %% ../nbs/11_ablation.ipynb #b2207b26
+# %% ../nbs/11_ablation.ipynb #621b4e45
 import json
 import os
 import queue
@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from . import __version__
-from .core import FaceVAEError, write_text
+from .core import FaceVAEError, progress_bar, write_text
 from .hypotheses import RunConfig, make_config, parse_hypotheses
 from .notebooks import finish, start
 from .run import RunDirectory, read_json, record_differences, run_record
 from .store import FaceStore
 
-# %% ../nbs/11_ablation.ipynb #0b6e85bf
+# %% ../nbs/11_ablation.ipynb #8ce27ab0
 def settings_text(overrides: dict[str, Any]) -> str:
     """Overrides as the text that the train notebook takes: "steps=200 width=0.5"."""
     return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in overrides.items())
@@ -67,7 +66,7 @@ class Cell:
             self.run.update(state="failed", error=error)
         return error
 
-# %% ../nbs/11_ablation.ipynb #24237ead
+# %% ../nbs/11_ablation.ipynb #cc64b97e
 def default_workers() -> int:
     """How many runs at a time this machine does best: one a GPU, or two on a processor with two cores or more."""
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
@@ -76,7 +75,8 @@ def default_workers() -> int:
 def worker_environment(worker: int, workers: int) -> dict[str, str]:
     """The environment of a worker: its share of processor threads, and its GPU when there are several."""
     share = max(1, (os.cpu_count() or 1) // workers)
-    environment = {"OMP_NUM_THREADS": str(share), "MKL_NUM_THREADS": str(share)}
+    # Threads that spin while they wait for each other bring a machine that is also used otherwise to a halt.
+    environment = {"OMP_NUM_THREADS": str(share), "MKL_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"}
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(worker % torch.cuda.device_count())
     return environment
@@ -120,8 +120,8 @@ def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, p
     slots: queue.Queue[int] = queue.Queue()
     for slot in range(workers):
         slots.put(slot)
-    bar = tqdm(total=sum(cell.config.steps for cell in cells), unit="step", desc="sweep", disable=not progress, smoothing=0.05)
-    bar.update(sum(cell.config.steps for cell in cells if cell not in todo))
+    bar = progress_bar(sum(cell.config.steps for cell in cells), "sweep", "step", progress,
+                       done=sum(cell.config.steps for cell in cells if cell not in todo))
     stopping: list[BaseException] = []
 
     def work(cell: Cell) -> str | None:

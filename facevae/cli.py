@@ -6,19 +6,17 @@
 __all__ = ['app', 'pack_app', 'Out', 'Data', 'Size', 'Preset', 'Settings', 'MaxBad', 'Overwrite', 'pack_synthetic', 'pack_folder',
            'verify', 'train', 'ablate', 'make_report', 'parse_seeds', 'main']
 
-# %% ../nbs/17_cli.ipynb #e777a26a
+# %% ../nbs/17_cli.ipynb #09e63c6b
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from tqdm import tqdm
 
-from .core import FaceVAEError, choices
-from .labels import SCHEMES
+from .core import FaceVAEError, progress_bar
 
-# %% ../nbs/17_cli.ipynb #da977346
+# %% ../nbs/17_cli.ipynb #293b353a
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train, compare and explore variational autoencoders of faces, with and without face masks.")
 pack_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack faces and their label maps into a store.")
@@ -46,7 +44,7 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
     if debug:
         os.environ["FACEVAE_DEBUG"] = "1"
 
-# %% ../nbs/17_cli.ipynb #447cbe3b
+# %% ../nbs/17_cli.ipynb #faf3c3d0
 @pack_app.command("synthetic")
 def pack_synthetic(out: Out, count: Annotated[int, typer.Option(help="How many faces to draw.")] = 2000,
                    seed: Annotated[int, typer.Option(help="Seed of the faces.")] = 0, size: Size = 144, overwrite: Overwrite = False):
@@ -59,7 +57,7 @@ def pack_synthetic(out: Out, count: Annotated[int, typer.Option(help="How many f
 @pack_app.command("folder")
 def pack_folder(out: Out, images: Annotated[Path, typer.Option(help="Folder of pictures.")],
                 labels: Annotated[Path, typer.Option(help="Folder of label maps: PNGs of class indices, named as the pictures are.")],
-                scheme: Annotated[str, typer.Option(help=f"How the labels number the classes: {', '.join(SCHEMES)}.")],
+                scheme: Annotated[str, typer.Option(help="How the labels number the classes: celebamask-hq or face-parsing.")],
                 size: Size = 144, max_bad: MaxBad = 0.01, overwrite: Overwrite = False,
                 rescale_labels: Annotated[bool, typer.Option("--rescale-labels", help="Accept label maps of another size than their picture.")] = False,
                 attributes: Annotated[Optional[Path], typer.Option(help="CSV of attributes: a column 'name', then one a attribute.")] = None):
@@ -83,7 +81,7 @@ def _tell(store) -> None:
     splits = ", ".join(f"{len(store.rows(split))} {split}" for split in ("train", "val", "test"))
     typer.echo(f"{store.path}: {len(store)} faces of {store.size} x {store.size} pixels ({splits})")
 
-# %% ../nbs/17_cli.ipynb #896ddd70
+# %% ../nbs/17_cli.ipynb #ba5fcf9d
 @app.command()
 def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")], data: Data, out: Out,
           preset: Preset = "quick", seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
@@ -99,12 +97,12 @@ def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such
     if cell.done(store):
         typer.echo(f"{out} is finished already.")
         return
-    with tqdm(total=cell.config.steps, desc=cell.title, unit="step") as bar:
+    with progress_bar(cell.config.steps, cell.title, "step") as bar:
         def poll():
             status = cell.run.status
             bar.update(status.get("step", 0) - bar.n)
             if "loss" in status:
-                bar.set_postfix({"loss": f"{status['loss']:.3f}", "images/s": f"{status.get('images_per_second', 0):.0f}"})
+                bar.set_postfix({"loss": f"{status['loss']:.3f}", "images/s": f"{status.get('images_per_second', 0):.0f}"}, refresh=False)
         error = cell.execute(data, worker_environment(0, 1), poll)
     if error:
         raise FaceVAEError(error)
@@ -144,7 +142,7 @@ def parse_seeds(text: str) -> list[int]:
         raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
     return list(dict.fromkeys(seeds))
 
-# %% ../nbs/17_cli.ipynb #7cdb098b
+# %% ../nbs/17_cli.ipynb #283119b2
 def main() -> None:
     """The entry point of the `facevae` command."""
     try:

@@ -6,7 +6,7 @@
 __all__ = ['HYPOTHESES', 'PRESETS', 'Hypothesis', 'parse_hypothesis', 'parse_hypotheses', 'RunConfig', 'make_config',
            'parse_settings', 'check_parameters']
 
-# %% ../nbs/08_hypotheses.ipynb #76a06437
+# %% ../nbs/08_hypotheses.ipynb #ce1f7fa8
 import json
 import re
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .labels import FACE_PARTS, class_ids
 from .losses import IMAGE_TERMS, WEIGHTS, parse_terms
 from .model import ModelConfig
 
-# %% ../nbs/08_hypotheses.ipynb #ddb36844
+# %% ../nbs/08_hypotheses.ipynb #9f89eeb1
 @dataclass(frozen=True)
 class Hypothesis:
     """An objective: image terms such as "ssim+l2", and whether face masks are used."""
@@ -62,7 +62,7 @@ def parse_hypotheses(text: str | Iterable[str]) -> list[Hypothesis]:
         return list(HYPOTHESES.values())
     return list(dict.fromkeys(parse_hypothesis(str(name)) for name in names))
 
-# %% ../nbs/08_hypotheses.ipynb #0b8df156
+# %% ../nbs/08_hypotheses.ipynb #c2852ad2
 class RunConfig(BaseModel):
     """Everything that shapes one run.
 
@@ -131,10 +131,10 @@ class RunConfig(BaseModel):
         """The configuration with `size` decided for a store of the given size in pixels."""
         return self if self.size else self.model_copy(update={"size": min(store_size, 72)})
 
-# %% ../nbs/08_hypotheses.ipynb #86c0ef8c
+# %% ../nbs/08_hypotheses.ipynb #f2618eae
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 144},
-    "quick": {"width": 0.25, "latent_dim": 128, "steps": 300, "batch_size": 32, "learning_rate": 2e-3,
+    "quick": {"width": 0.25, "latent_dim": 128, "steps": 400, "batch_size": 16, "learning_rate": 2e-3,
               "schedule": "one-cycle", "norm_momentum": 0.1, "flip": True, "validate_every": 100, "checkpoint_every": 100,
               "log_every": 10, "val_images": 96, "test_images": 200},
 }
@@ -184,7 +184,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             overrides[name] = value
     return overrides
 
-# %% ../nbs/08_hypotheses.ipynb #3ad260a6
+# %% ../nbs/08_hypotheses.ipynb #b27b1647
 def check_parameters(variables: dict[str, Any], known: Iterable[str]) -> None:
     """Refuse a parameter that a notebook does not have.
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['clip_each', 'learning_rate', 'step_noise', 'FiniteWatch', 'Trainer', 'train']
 
-# %% ../nbs/09_training.ipynb #788cec6c
+# %% ../nbs/09_training.ipynb #cfe824ce
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
-from .core import FaceVAEError, atomic_directory
+from .core import FaceVAEError, atomic_directory, progress_bar
 from .hypotheses import RunConfig
 from .loader import Batch, Batches
 from .losses import loss_terms, parse_terms, weigh
@@ -30,7 +28,7 @@ from .run import RunDirectory
 from .samples import sample_grid
 from .store import FaceStore
 
-# %% ../nbs/09_training.ipynb #614d99b2
+# %% ../nbs/09_training.ipynb #c3ade7db
 def clip_each(parameters, max_norm: float) -> None:
     """Scale the gradient of each parameter to a norm of at most `max_norm` (Keras' clipnorm)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -54,7 +52,7 @@ def step_noise(config: RunConfig, step: int, count: int, device: torch.device) -
     noise = np.random.default_rng([config.seed, step, 2]).standard_normal((count, config.latent_dim), dtype=np.float32)
     return torch.from_numpy(noise).to(device)
 
-# %% ../nbs/09_training.ipynb #2afaa56f
+# %% ../nbs/09_training.ipynb #68cf7380
 class FiniteWatch:
     """Remembers, for each loss term, the first step at which it was not finite."""
 
@@ -75,7 +73,7 @@ class FiniteWatch:
             raise FaceVAEError(f"The loss term '{name}' was not finite at step {step}, so training stopped. Lower "
                                "learning_rate, use precision=fp32, or check the pictures; the last checkpoint is whole.")
 
-# %% ../nbs/09_training.ipynb #60c73c43
+# %% ../nbs/09_training.ipynb #97f41314
 class Trainer:
     """A model, its optimiser and its data: one step, one validation.
 
@@ -136,7 +134,7 @@ class Trainer:
             count += size
         return tuple({name: float(total / count) for name, total in part.items()} for part in sums)
 
-# %% ../nbs/09_training.ipynb #c155b0a8
+# %% ../nbs/09_training.ipynb #3549811e
 def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool = True) -> Path:
     """Train one run to its end, going on from its last checkpoint when there is one.
 
@@ -151,8 +149,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
         numbers = load_checkpoint(run.checkpoints, trainer.vae, trainer.optimizer) or {"step": 0, "best_loss": None, "best_step": 0}
         run.rewind(numbers["step"])
         watch, seen, clock = FiniteWatch(), numbers["step"], time.perf_counter()
-        bar = tqdm(total=config.steps, initial=numbers["step"], desc=config.hypothesis, unit="step", disable=not progress,
-                   mininterval=0.5 if sys.stderr.isatty() else 10)
+        bar = progress_bar(config.steps, config.hypothesis, "step", progress, done=numbers["step"])
         for step in range(numbers["step"], config.steps):
             raw, weighted = trainer.step(step)
             done = step + 1
@@ -163,7 +160,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 watch.check()
                 rate = (done - seen) * config.batch_size / (time.perf_counter() - clock)
                 entry = run.log("train", done, raw, weighted, images_per_second=round(rate, 1), learning_rate=learning_rate(config, step))
-                bar.set_postfix({"loss": f"{entry['loss']:.3f}", "images/s": f"{rate:.0f}"})
+                bar.set_postfix({"loss": f"{entry['loss']:.3f}", "images/s": f"{rate:.0f}"}, refresh=False)
                 run.update(step=done, loss=entry["loss"], images_per_second=round(rate, 1),
                            seconds_left=round((config.steps - done) * config.batch_size / rate))
                 seen, clock = done, time.perf_counter()
