@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'views', 'evaluate', 'save_metrics', 'load_metrics', 'evaluate_run']
 
-# %% ../nbs/10_evaluation.ipynb #88cd139b
+# %% ../nbs/10_evaluation.ipynb #a308024d
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .model import FaceVAE, composite
 from .run import RunDirectory
 from .store import FaceStore
 
-# %% ../nbs/10_evaluation.ipynb #8de67b2a
+# %% ../nbs/10_evaluation.ipynb #e1607f49
 VIEWS = ("raw", "composite", "face", "predicted")
 
 
@@ -39,7 +39,7 @@ def views(images: Tensor, recon: Tensor, mask: Tensor,
         found["predicted"] = (composite(images, recon, predicted), None)
     return found
 
-# %% ../nbs/10_evaluation.ipynb #a1a8052f
+# %% ../nbs/10_evaluation.ipynb #69842cb4
 def _metrics_of(model: nn.Module, images: Tensor, mask: Tensor, names: list[str],
                 lpips: Callable | None) -> dict[str, dict[str, Tensor]]:
     """{view: {metric: (B,)}} of one batch."""
@@ -122,7 +122,7 @@ def _rows(image_names: list[str], found: dict[str, dict[str, Tensor]]) -> pd.Dat
         columns[name] = torch.stack([row[name] for row in found.values()], 1).flatten().cpu().numpy()
     return pd.DataFrame(columns)
 
-# %% ../nbs/10_evaluation.ipynb #facac512
+# %% ../nbs/10_evaluation.ipynb #dd119a1a
 def save_metrics(table: pd.DataFrame, path: str | Path) -> Path:
     """Write the rows of `evaluate`, attrs included, to a parquet file, atomically; returns the path."""
     with atomic_file(path) as partial:

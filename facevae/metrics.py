@@ -6,8 +6,7 @@
 __all__ = ['MS_SSIM_WEIGHTS', 'METRICS', 'ms_ssim_scales', 'ssim', 'ms_ssim', 'vif', 'l1', 'l2', 'psnr', 'sharpness', 'delta_e',
            'mask_iou', 'load_lpips', 'Metric', 'measure_views', 'measure']
 
-# %% ../nbs/07_metrics.ipynb #86fe5c1c
-import functools
+# %% ../nbs/07_metrics.ipynb #ef5b0f1a
 import math
 import socket
 import warnings
@@ -19,59 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import FaceVAEError, choices
-from .maps import SIGMA, VIF_WINDOWS, WINDOW, Images, Pair, blur, centres, gaussian, mean, vif_halved
+from .maps import SIGMA, VIF_WINDOWS, WINDOW, blur, centres, gaussian, mean, metric, pool_views, vif_halved
 
-# %% ../nbs/07_metrics.ipynb #82f7a31b
-def _check(pred: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raise FaceVAEError unless the tensors are images of one shape, in [0, 1], and a weight for them."""
-    for name, images in (("pred", pred), ("target", target)):
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise FaceVAEError(f"{name} is {kind}; expected a float tensor in [0, 1]. Divide 8-bit images by 255.")
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < WINDOW:
-            raise FaceVAEError(f"{name} has shape {tuple(images.shape)}; expected (B, 3, H, W) with H and W at "
-                               f"least {WINDOW}. A single image needs [None] to become a batch.")
-        if images.numel() and bool((images.amax() > 1.001) | (images.amin() < -0.001)):
-            raise FaceVAEError(f"{name} has values from {images.min():.4g} to {images.max():.4g}; expected [0, 1]. "
-                               "Divide 8-bit images by 255, and clamp what is not from a sigmoid.")
-    if pred.shape != target.shape:
-        raise FaceVAEError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; "
-                           "they must be equal. Resize one to the other.")
-    expected = (target.shape[0], 1, *target.shape[-2:])
-    if weight is not None and tuple(weight.shape) != expected:
-        raise FaceVAEError(f"weight has shape {tuple(weight.shape)}; expected {expected}: one weight a pixel.")
-
-
-def _measure(pools: Mapping[str, Callable], views: Mapping[str, tuple[Tensor, Tensor | None]],
-             target: Tensor) -> dict[str, dict[str, Tensor]]:
-    """{view: {metric: (B,)}} for each (pred, weight) of `views` against `target`."""
-    for pred, weight in views.values():
-        _check(pred, target, weight)
-    # Six images of 144 px and their maps fit a processor's cache; an accelerator takes what it is given.
-    step = len(target) if target.is_cuda else 6 * 144**2 // (target.shape[-2] * target.shape[-1])
-    found = {view: {name: [target.new_zeros(0, dtype=torch.float32)] for name in pools} for view in views}
-    with torch.autocast(target.device.type, enabled=False):
-        for start in range(0, len(target), max(step, 1)):
-            rows = slice(start, start + step)
-            original, pairs = Images(target[rows].float()), {}
-            for view, (pred, weight) in views.items():
-                pair = pairs.setdefault(id(pred), Pair(Images(pred[rows].float()), original))
-                part = None if weight is None else weight[rows].float()
-                for name, pool in pools.items():
-                    found[view][name].append(pool(pair, part))
-    return {view: {name: torch.cat(parts) for name, parts in row.items()} for view, row in found.items()}
-
-
-def _metric(pool: Callable) -> Callable:
-    """Make a pooling rule (pair, weight) -> (B,) a metric of tensors; the rule stays reachable as `.pool`."""
-    @functools.wraps(pool)
-    def metric(*, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        return _measure({"": pool}, {"": (pred, weight)}, target)[""][""]
-    del metric.__wrapped__  # so that help() shows the keywords
-    metric.pool = pool
-    return metric
-
-# %% ../nbs/07_metrics.ipynb #3c71189f
+# %% ../nbs/07_metrics.ipynb #340e4478
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
@@ -80,7 +29,7 @@ def ms_ssim_scales(height: int, width: int) -> int:
     return sum(min(height, width) > (WINDOW - 1) * 2**times for times in range(len(MS_SSIM_WEIGHTS)))
 
 
-@_metric
+@metric
 def ssim(pair, weight):
     """Structural similarity (Wang et al. 2004): 1 for identical images, near 0 for unrelated ones; (B,).
 
@@ -91,7 +40,7 @@ def ssim(pair, weight):
     return mean(pair.ssim_maps(0)[0], None if weight is None else centres(weight, WINDOW))
 
 
-@_metric
+@metric
 def ms_ssim(pair, weight):
     """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003) in [0, 1]; (B,).
 
@@ -115,7 +64,7 @@ def ms_ssim(pair, weight):
     return value.mean(1)
 
 
-@_metric
+@metric
 def vif(pair, weight):
     """Visual information fidelity in the pixel domain (Sheikh and Bovik 2006): share of information kept; (B,).
 
@@ -136,8 +85,8 @@ def vif(pair, weight):
         kept, there = kept + maps[0].sum((-2, -1)), there + maps[1].sum((-2, -1))
     return (kept / there).mean(1)
 
-# %% ../nbs/07_metrics.ipynb #37036c08
-@_metric
+# %% ../nbs/07_metrics.ipynb #4e55ccf6
+@metric
 def l1(pair, weight):
     """Mean absolute difference of pixel values, in [0, 1]; (B,).
 
@@ -147,7 +96,7 @@ def l1(pair, weight):
     return mean(pair.difference().abs(), weight)
 
 
-@_metric
+@metric
 def l2(pair, weight):
     """Root mean square difference of pixel values, in [0, 1]; (B,).
 
@@ -157,7 +106,7 @@ def l2(pair, weight):
     return mean(pair.difference().square(), weight).sqrt()
 
 
-@_metric
+@metric
 def psnr(pair, weight):
     """Peak signal-to-noise ratio in dB for a peak of 1; infinite for identical images; (B,).
 
@@ -167,7 +116,7 @@ def psnr(pair, weight):
     return -10 * mean(pair.difference().square(), weight).log10()
 
 
-@_metric
+@metric
 def sharpness(pair, weight):
     """Gradient energy of the prediction over that of the target: below 1 is blurred, above 1 noisy; (B,).
 
@@ -186,8 +135,8 @@ def sharpness(pair, weight):
         return total
     return energy(pair.pred.images) / energy(pair.target.images)
 
-# %% ../nbs/07_metrics.ipynb #20d0329f
-@_metric
+# %% ../nbs/07_metrics.ipynb #1deae268
+@metric
 def delta_e(pair, weight):
     """Mean CIEDE2000 colour difference (Sharma, Wu, Dalal 2005): 1 is just noticeable; (B,).
 
@@ -196,7 +145,7 @@ def delta_e(pair, weight):
     """
     return mean(pair.delta_e_map(), weight)
 
-# %% ../nbs/07_metrics.ipynb #0105f381
+# %% ../nbs/07_metrics.ipynb #cb558bc5
 def mask_iou(*, pred_mask: Tensor, target_mask: Tensor) -> Tensor:
     """Intersection over union of two masks cut at 0.5: 1 for equal masks, NaN where both are empty; (B,).
 
@@ -211,10 +160,10 @@ def mask_iou(*, pred_mask: Tensor, target_mask: Tensor) -> Tensor:
     broken = (pred_mask.isnan() | target_mask.isnan()).flatten(1).any(1)
     return value.float().masked_fill(broken, math.nan)
 
-# %% ../nbs/07_metrics.ipynb #daff3d2f
+# %% ../nbs/07_metrics.ipynb #46fe99b7
 def _lpips(network: torch.nn.Module) -> Callable:
     """The metric made of a `lpips.LPIPS` network."""
-    @_metric
+    @metric
     def lpips(pair, weight):
         """Learned perceptual distance (Zhang et al. 2018), AlexNet: 0 for identical images; (B,).
 
@@ -249,7 +198,7 @@ def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple
         socket.setdefaulttimeout(before)
     return _lpips(network.requires_grad_(False).eval().to(device)), None
 
-# %% ../nbs/07_metrics.ipynb #18c6adec
+# %% ../nbs/07_metrics.ipynb #c05947cb
 @dataclass(frozen=True)
 class Metric:
     """A metric and how to show it.
@@ -266,7 +215,7 @@ class Metric:
     shown_label: str
 
 
-METRICS = {metric.name: metric for metric in (
+METRICS = {row.name: row for row in (
     Metric("ssim", ssim, True, "SSIM", lambda value: 1 - value, "1 − SSIM"),
     Metric("ms_ssim", ms_ssim, True, "MS-SSIM", lambda value: 1 - value, "1 − MS-SSIM"),
     Metric("lpips", None, False, "LPIPS (AlexNet)", lambda value: value, "LPIPS"),
@@ -289,7 +238,7 @@ def measure_views(*, views: Mapping[str, tuple[Tensor, Tensor | None]], target: 
     in [0, 1]. names: of METRICS but mask_iou; None for all that can be had. lpips: what `load_lpips` gave.
     Raises FaceVAEError for an unknown name, for lpips without its function, or for tensors that are not images.
     """
-    pools = {name: metric.function.pool for name, metric in METRICS.items() if hasattr(metric.function, "pool")}
+    pools = {name: row.function.pool for name, row in METRICS.items() if hasattr(row.function, "pool")}
     if lpips is not None:
         pools["lpips"] = lpips.pool
     names = [name for name in METRICS if name in pools] if names is None else list(names)
@@ -298,7 +247,7 @@ def measure_views(*, views: Mapping[str, tuple[Tensor, Tensor | None]], target: 
             raise FaceVAEError("'lpips' needs its network. Pass lpips=function, from: function, reason = load_lpips(device).")
         if name not in pools:
             raise FaceVAEError(f"'{name}' is not a metric of images. {choices(name, pools)}")
-    return _measure({name: pools[name] for name in names}, views, target)
+    return pool_views({name: pools[name] for name in names}, views, target)
 
 
 def measure(*, pred: Tensor, target: Tensor, weight: Tensor | None = None, names: Iterable[str] | None = None,
