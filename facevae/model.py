@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'ModelConfig', 'Block', 'Upsample', 'FaceVAEOutput', 'FaceVAE', 'composite']
 
-# %% ../nbs/05_model.ipynb #8798c331
+# %% ../nbs/05_model.ipynb #afc4fa42
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from .core import FaceVAEError
 
-# %% ../nbs/05_model.ipynb #34f26e8b
+# %% ../nbs/05_model.ipynb #4b2ec81e
 SIZES = (36, 72, 144, 288)
 
 
@@ -38,15 +38,15 @@ class ModelConfig(BaseModel):
     mask_decoder: bool = True
     sampling: Literal["gaussian", "original"] = "gaussian"
 
-# %% ../nbs/05_model.ipynb #ecac61c6
+# %% ../nbs/05_model.ipynb #0630c87c
 class Block(nn.Sequential):
     """Convolution 3x3 'same', batch normalisation, ELU: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                         nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU())
+                         nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
 
-# %% ../nbs/05_model.ipynb #a9b7311c
+# %% ../nbs/05_model.ipynb #6ca9e28a
 class Upsample(nn.Sequential):
     """Transposed convolution 3x3 of stride 2, batch normalisation, ELU: side n -> 2n, or 2n + 1 uncropped.
 
@@ -55,7 +55,7 @@ class Upsample(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, crop: bool = True):
         super().__init__(nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2),
-                         nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU())
+                         nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
         self.crop = crop
 
     def forward(self, inputs):
@@ -65,7 +65,7 @@ class Upsample(nn.Sequential):
             outputs = outputs[..., :-1, :-1]
         return activation(norm(outputs))
 
-# %% ../nbs/05_model.ipynb #d83425e3
+# %% ../nbs/05_model.ipynb #8ca2b313
 def _outer(stages: list, size: int, repeat) -> list:
     """The stages between `size` and the 9 x 9 grid, outermost first; sizes above 144 repeat the outermost."""
     count = SIZES.index(size) + 2
@@ -101,7 +101,7 @@ def _decoder(config: ModelConfig, out_channels: int, slim: int | None = None) ->
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
 
-# %% ../nbs/05_model.ipynb #b4af6e49
+# %% ../nbs/05_model.ipynb #c77d1f64
 class FaceVAEOutput(NamedTuple):
     """What a FaceVAE gives for a batch of B pictures."""
     recon: torch.Tensor  # (B, 3, H, W) in [0, 1], the image decoder's whole frame
@@ -124,7 +124,7 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin, library_name="facevae", license="
         self.config = config
         features = _scaled(512, config)
         self.encoder = _encoder(config)
-        self.hidden = nn.Sequential(nn.Linear(features, features), nn.ELU())
+        self.hidden = nn.Sequential(nn.Linear(features, features), nn.ELU(inplace=True))
         self.mean = nn.Linear(features, config.latent_dim)
         self.log_std = nn.Linear(features, config.latent_dim)
         self.image_decoder = _decoder(config, 3)
@@ -199,7 +199,7 @@ def _keras_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
-# %% ../nbs/05_model.ipynb #774ab16a
+# %% ../nbs/05_model.ipynb #1d20b504
 def composite(images: torch.Tensor, recon: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The reconstruction where the mask is 1, the original where it is 0.
 
