@@ -21,8 +21,8 @@ train(make_config("H9", overrides=parse_settings(sys.argv[3:])), sys.argv[1], sy
 SETTINGS = [*TINY[1::2], "steps=24", "checkpoint_every=3", "validate_every=5", "flip=true", "threads=1"]
 
 
-def training(store, out):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS], stderr=subprocess.DEVNULL)
+def training(store, out, *settings):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS, *settings], stderr=subprocess.DEVNULL)
 
 
 def step_of(out) -> int:
@@ -113,9 +113,10 @@ def test_interrupt_says_so_and_resumes(store, tmp_path):
 
 def test_two_processes_cannot_share_a_run(store, tmp_path):
     out = tmp_path / "run"
-    first = training(store, out)
+    first = training(store, out, "steps=4000")
     while step_of(out) < 2:
         time.sleep(0.002)
-    second = subprocess.run([sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS], capture_output=True, text=True)
-    assert second.returncode != 0 and "Another process is working on" in second.stderr
-    assert first.wait() == 0
+    second = subprocess.run([sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS, "steps=4000"], capture_output=True, text=True)
+    still_running = first.poll() is None
+    first.kill()
+    assert still_running and second.returncode != 0 and "Another process is working on" in second.stderr
