@@ -6,7 +6,7 @@
 __all__ = ['HYPOTHESES', 'PRESETS', 'Hypothesis', 'parse_hypothesis', 'parse_hypotheses', 'RunConfig', 'make_config',
            'parse_settings', 'check_parameters']
 
-# %% ../nbs/08_hypotheses.ipynb #ce1f7fa8
+# %% ../nbs/08_hypotheses.ipynb #942a84fe
 import json
 import re
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .labels import FACE_PARTS, class_ids
 from .losses import IMAGE_TERMS, WEIGHTS, parse_terms
 from .model import ModelConfig
 
-# %% ../nbs/08_hypotheses.ipynb #9f89eeb1
+# %% ../nbs/08_hypotheses.ipynb #603b395c
 @dataclass(frozen=True)
 class Hypothesis:
     """An objective: image terms such as "ssim+l2", and whether face masks are used."""
@@ -62,7 +62,7 @@ def parse_hypotheses(text: str | Iterable[str]) -> list[Hypothesis]:
         return list(HYPOTHESES.values())
     return list(dict.fromkeys(parse_hypothesis(str(name)) for name in names))
 
-# %% ../nbs/08_hypotheses.ipynb #c2852ad2
+# %% ../nbs/08_hypotheses.ipynb #164b4f0c
 class RunConfig(BaseModel):
     """Everything that shapes one run.
 
@@ -128,10 +128,16 @@ class RunConfig(BaseModel):
                            sampling=self.sampling)
 
     def fit(self, store_size: int) -> "RunConfig":
-        """The configuration with `size` decided for a store of the given size in pixels."""
+        """The configuration with `size` decided for a store of the given size in pixels.
+
+        Raises FaceVAEError when it asks for larger pictures than the store holds.
+        """
+        if self.size and self.size > store_size:
+            raise FaceVAEError(f"The store holds {store_size} px pictures, smaller than the {self.size} px of this run. Pack it "
+                               f"again with --size {self.size}, or train with --set size={store_size}.")
         return self if self.size else self.model_copy(update={"size": min(store_size, 72)})
 
-# %% ../nbs/08_hypotheses.ipynb #f2618eae
+# %% ../nbs/08_hypotheses.ipynb #5af9bf9e
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 144},
     "quick": {"width": 0.25, "latent_dim": 128, "steps": 400, "batch_size": 16, "learning_rate": 2e-3,
@@ -184,7 +190,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             overrides[name] = value
     return overrides
 
-# %% ../nbs/08_hypotheses.ipynb #b27b1647
+# %% ../nbs/08_hypotheses.ipynb #16f85f2c
 def check_parameters(variables: dict[str, Any], known: Iterable[str]) -> None:
     """Refuse a parameter that a notebook does not have.
 
