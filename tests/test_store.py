@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -72,47 +71,56 @@ def store(tmp_path):
     return pack(Plain(), tmp_path / "store", progress=False)
 
 
-CHILD = """
-    import sys, time
-    sys.path.insert(0, {tests!r})
+# Imports take seconds, so one process imports and every pack is a fork of it.
+FORKS = """
+    import os, sys, time
+    sys.path.insert(0, sys.argv[1])
     import facevae.core, facevae.packing as packing
     from test_store import Plain
-    moment, out = sys.argv[1:]
 
-    def hang(*_):
-        print("ready", flush=True)
-        time.sleep(60)
+    def run(moment, out):
+        def hang(*_):
+            os.write(1, f"ready {os.getpid()} {out}\\n".encode())
+            time.sleep(120)
 
-    if moment == "checksums": packing.file_digest = hang
-    if moment == "manifest": packing.write_text = hang
-    if moment == "rename":
-        replace = facevae.core.os.replace
-        facevae.core.os.replace = lambda source, target: hang() if str(target) == out else replace(source, target)
-    batch = int(moment) if moment.isdigit() else -1
-    try:
-        packing.write_store(Plain(hook=lambda number: hang() if number == batch else None), out, progress=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        if moment == "checksums": packing.file_digest = hang
+        if moment == "manifest": packing.write_text = hang
+        if moment == "rename":
+            replace = os.replace
+            facevae.core.os.replace = lambda source, target: hang() if str(target) == out else replace(source, target)
+        batch = int(moment) if moment.isdigit() else -1
+        try:
+            packing.write_store(Plain(hook=lambda number: hang() if number == batch else None), out, progress=False)
+        except KeyboardInterrupt:
+            return 130
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    cases = list(zip(sys.argv[2::2], sys.argv[3::2]))
+    for moment, out in cases:
+        if os.fork() == 0:
+            code = 1
+            try: code = run(moment, out)
+            finally: os._exit(code)
+    for _ in cases:
+        pid, status = os.wait()
+        os.write(1, f"ended {pid} {os.waitstatus_to_exitcode(status)}\\n".encode())
 """
-
-
-def start(moment: str, out: Path) -> subprocess.Popen:
-    """A pack in a process of its own, which stops at a moment and says so."""
-    code = textwrap.dedent(CHILD.format(tests=str(Path(__file__).parent)))
-    return subprocess.Popen([sys.executable, "-c", code, moment, str(out)], stdout=subprocess.PIPE, text=True)
 
 
 def test_killed_interrupted_and_terminated_packs(tmp_path):
     """A pack that dies at any moment leaves no store; the next one works and removes what the dead one left."""
     whole = pack(Plain(), tmp_path / "whole", progress=False)
     cases = [(moment, signal.SIGKILL) for moment in ("0", "5", "checksums", "manifest", "rename")] + [("3", signal.SIGINT), ("3", signal.SIGTERM)]
-    running = []
-    for moment, how in cases:
-        out = tmp_path / f"{moment}-{how.name}" / "store"
-        out.parent.mkdir()
-        running.append((start(moment, out), moment, how, out))
-    for child, moment, how, out in running:
-        assert child.stdout.readline() == "ready\n"
+    outs = [tmp_path / f"{moment}-{how.name}" / "store" for moment, how in cases]
+    for out in outs: out.parent.mkdir()
+    arguments = [str(argument) for (moment, _), out in zip(cases, outs) for argument in (moment, out)]
+    forks = subprocess.Popen([sys.executable, "-c", textwrap.dedent(FORKS), str(Path(__file__).parent), *arguments], stdout=subprocess.PIPE, text=True)
+    ready = [forks.stdout.readline().split() for _ in cases]
+    assert {line[0] for line in ready} == {"ready"}
+    pids = {out: int(pid) for _, pid, out in ready}
+    for (moment, how), out in zip(cases, outs):
         living = list(out.parent.iterdir())
         assert len(living) == 1 and living[0].name.startswith(".store.") and living[0].name.endswith(".partial")
         with pytest.raises(FaceVAEError, match="is not a store"):
@@ -121,17 +129,15 @@ def test_killed_interrupted_and_terminated_packs(tmp_path):
             pack(Plain(8), out, progress=False)
             assert living[0] in out.parent.iterdir(), "the directory of a living pack is left alone"
             shutil.rmtree(out)
-        child.send_signal(how)
-        code = child.wait(20)
-        left = list(out.parent.iterdir())
-        if how == signal.SIGKILL:
-            assert left == living
-        else:
-            assert left == [] and code == (130 if how == signal.SIGINT else 143), f"{how.name} cleans up"
+        os.kill(pids[str(out)], how)
+        code = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
+        assert forks.stdout.readline().split() == ["ended", str(pids[str(out)]), str(code)]
+        assert list(out.parent.iterdir()) == (living if how == signal.SIGKILL else []), f"{how.name} at {moment}"
         assert "There is no store" in message(FaceStore, out)
         again = pack(Plain(), out, progress=False).verify()
         assert list(out.parent.iterdir()) == [out], "the leftovers are gone"
         assert again.fingerprint == whole.fingerprint
+    assert forks.wait(20) == 0
 
 
 def test_leftovers_of_others_are_left_alone(tmp_path):
