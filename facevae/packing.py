@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Faces', 'Skipped', 'Source', 'write_store']
 
-# %% ../nbs/02_packing.ipynb #65aeb1d8
+# %% ../nbs/02_packing.ipynb #ec3f5bbc
 import contextlib
 import errno
 import fcntl
@@ -35,7 +35,7 @@ from .arrays import ArrayWriter, open_array
 from .core import FaceVAEError, atomic_directory, atomic_file, file_digest, write_text
 from .manifest import FILES, RESIZE, SPLITS, Manifest, SkippedInput, check_size, hash_split, name_problem, printable
 
-# %% ../nbs/02_packing.ipynb #9d474c4e
+# %% ../nbs/02_packing.ipynb #97ca3a43
 @dataclass
 class Faces:
     """A batch for a store. images: uint8 (B, S, S, 3). labels: canonical ids, uint8 (B, S, S).
@@ -77,7 +77,7 @@ class Source(Protocol):
     def describe(self) -> dict:
         """What would make the same source again: its kind and arguments, as JSON."""
 
-# %% ../nbs/02_packing.ipynb #23c156b0
+# %% ../nbs/02_packing.ipynb #caf8887b
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Let SIGTERM end the block as an exception, so that what it began is cleaned up."""
@@ -121,7 +121,7 @@ def _full(out: Path, needed: int) -> FaceVAEError:
     return FaceVAEError(f"There is not enough space for the store '{out}': about {needed / 1e6:,.0f} MB are needed, and "
                         f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in '{folder}'. Free some, choose another --out, or a smaller --size.")
 
-# %% ../nbs/02_packing.ipynb #11cb6c86
+# %% ../nbs/02_packing.ipynb #e4614dc8
 def _verdict(skipped: list[Skipped], good: int, total: int, max_bad: float) -> None:
     """Raise FaceVAEError when too many inputs were bad."""
     seen = good + len(skipped)
@@ -222,16 +222,16 @@ def write_store(source: Source, out: str | Path, max_bad: float = 0.01, overwrit
             raise FaceVAEError(f"The store '{out}' cannot be written ({error.strerror}: '{error.filename}'). Choose another --out.") from None
         raise
     if progress:
-        _tell(manifest)
+        _tell(source.notes, manifest.skipped)
     if doubt:
         warnings.warn(doubt, stacklevel=3)
     return manifest
 
 
-def _tell(manifest: Manifest) -> None:
-    """Print what was skipped and what was noted."""
-    lines = [*manifest.notes]
-    if manifest.skipped:
-        lines.append(f"Skipped {len(manifest.skipped)} inputs (all of them are listed in manifest.json):")
-        lines += [f"  {bad.name}: {bad.reason}" for bad in manifest.skipped[:20]]
+def _tell(notes: list[str], skipped: list[SkippedInput]) -> None:
+    """Print what was noted and what was skipped."""
+    lines = [*notes]
+    if skipped:
+        lines.append(f"Skipped {len(skipped)} {'input' if len(skipped) == 1 else 'inputs'} (manifest.json lists them all):")
+        lines += [f"  {bad.name}: {bad.reason}" for bad in skipped[:20]]
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MOST_PIXELS', 'UnusableInput', 'open_picture', 'to_rgb', 'read_picture', 'read_labels']
 
-# %% ../nbs/03_pictures.ipynb #8824a599
+# %% ../nbs/03_pictures.ipynb #c0c621b3
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from .labels import SCHEMES, remap
 
-# %% ../nbs/03_pictures.ipynb #59d05cd5
+# %% ../nbs/03_pictures.ipynb #43a8cfd4
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MOST_PIXELS = 100_000_000
 
@@ -74,7 +74,7 @@ def read_picture(path: str | Path, size: int) -> tuple[np.ndarray, tuple[int, in
             raise UnusableInput("truncated or damaged", f"'{path.name}': {error}") from None
     return np.asarray(small), ((height, width) if turned else (width, height))
 
-# %% ../nbs/03_pictures.ipynb #7b1290ee
+# %% ../nbs/03_pictures.ipynb #32214916
 def read_labels(path: str | Path, scheme: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
     """A label map, by name in canonical ids, squashed to a square with the nearest pixel.
 

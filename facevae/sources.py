@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'SyntheticSource', 'map_ahead', 'in_batches', 'list_files', 'stem', 'read_attributes', 'FolderSource']
 
-# %% ../nbs/03_sources.ipynb #32cd7079
+# %% ../nbs/03_sources.ipynb #032a2878
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -22,7 +22,7 @@ from .packing import Faces, Skipped
 from .pictures import UnusableInput, read_labels, read_picture
 from .synthetic import draw_faces
 
-# %% ../nbs/03_sources.ipynb #910c6cca
+# %% ../nbs/03_sources.ipynb #644b781b
 class SyntheticSource:
     """Faces drawn by `facevae.synthetic`.
 
@@ -47,7 +47,7 @@ class SyntheticSource:
             drawn = draw_faces(numbers, seed=self.seed, size=self.size)
             yield Faces([f"{i:06d}.png" for i in numbers], drawn.images.numpy(), drawn.labels.numpy(), drawn.attributes)
 
-# %% ../nbs/03_sources.ipynb #2970d98c
+# %% ../nbs/03_sources.ipynb #681f6fa2
 def map_ahead(function: Callable, items: Iterable, workers: int | None = None, ahead: int = 16) -> Generator:
     """Results of `function` for each of `items`, in order, computed by threads a little ahead of their use.
 
@@ -92,14 +92,17 @@ def in_batches(results: Iterable[tuple | Skipped], attributes: pd.DataFrame | No
     if faces:
         yield join()
 
-# %% ../nbs/03_sources.ipynb #8bf3907f
+# %% ../nbs/03_sources.ipynb #2b8cd267
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...], leave_out: Path | None = None) -> list[str]:
     """Relative paths with forward slashes of all files with these suffixes, sorted; hidden ones and linked folders are left out."""
+    def unreadable(error: OSError):
+        raise FaceVAEError(f"The folder '{error.filename}' cannot be read ({error.strerror}). Allow reading it, or move it elsewhere.")
+
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != leave_out]
         inside = Path(place).relative_to(folder)
         found += [(inside / name).as_posix() for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]

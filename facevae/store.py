@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'contact_sheet', 'FaceStore', 'pack']
 
-# %% ../nbs/02_store.ipynb #3025e973
+# %% ../nbs/02_store.ipynb #627e6f05
 import colorsys
 import hashlib
 from functools import cached_property
@@ -22,9 +22,9 @@ from .labels import CLASSES
 from .manifest import FILES, SPLITS, read_index, read_manifest
 from .packing import Source, write_store
 
-# %% ../nbs/02_store.ipynb #4a62b7cc
-# Hues a golden section apart: neighbours in the list never look alike. The background stays clear.
-COLOURS = np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.85, 1)] for i in range(len(CLASSES))])
+# %% ../nbs/02_store.ipynb #ee44aff5
+# Hues a golden section apart, full and pale in turn: classes that touch never look alike. The background stays clear.
+COLOURS = np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.9 if i % 2 else 0.45, 1)] for i in range(len(CLASSES))])
 
 
 def contact_sheet(images: np.ndarray, labels: np.ndarray | None = None, columns: int = 8) -> Image.Image:
@@ -44,7 +44,7 @@ def contact_sheet(images: np.ndarray, labels: np.ndarray | None = None, columns:
     sheet = sheet.reshape(lines, columns, size, size, 3).transpose(0, 2, 1, 3, 4)  # (lines, S, columns, S, 3)
     return Image.fromarray(sheet.reshape(lines * size, columns * size, 3))
 
-# %% ../nbs/02_store.ipynb #a2a0ee02
+# %% ../nbs/02_store.ipynb #8a7ed168
 class FaceStore:
     """Packed faces, read-only.
 
@@ -117,9 +117,10 @@ class FaceStore:
     def __repr__(self) -> str:
         splits = ", ".join(f"{len(self.rows(split))} {split}" for split in SPLITS)
         return (f"FaceStore('{self.path}'): {len(self)} faces of {self.size} x {self.size} pixels ({splits}), "
-                f"{self.attributes.shape[1]} attributes, from {self.manifest.source.get('kind', 'an unnamed source')}")
+                f"{self.attributes.shape[1]} attributes, from {self.manifest.source.get('kind', 'an unnamed source')}"
+                + "".join(f"\nNote: {note}" for note in self.manifest.notes))
 
-# %% ../nbs/02_store.ipynb #96b7518b
+# %% ../nbs/02_store.ipynb #3173050b
 def pack(source: Source, out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True) -> FaceStore:
     """Pack a source into a store, which appears at `out` whole or not at all, and open it.
 
