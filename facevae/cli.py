@@ -6,9 +6,10 @@
 __all__ = ['app', 'pack_app', 'Out', 'Data', 'Size', 'Preset', 'Settings', 'MaxBad', 'Overwrite', 'pack_synthetic', 'pack_folder',
            'verify', 'train', 'ablate', 'make_report', 'parse_seeds', 'main']
 
-# %% ../nbs/17_cli.ipynb #a93a2fea
+# %% ../nbs/17_cli.ipynb #0498e12f
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,7 +17,7 @@ import typer
 
 from .core import FaceVAEError, progress_bar
 
-# %% ../nbs/17_cli.ipynb #a207acd6
+# %% ../nbs/17_cli.ipynb #1c090a93
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train, compare and explore variational autoencoders of faces, with and without face masks.")
 pack_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack faces and their label maps into a store.")
@@ -44,7 +45,7 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
     if debug:
         os.environ["FACEVAE_DEBUG"] = "1"
 
-# %% ../nbs/17_cli.ipynb #3a80d033
+# %% ../nbs/17_cli.ipynb #ab25a09c
 @pack_app.command("synthetic")
 def pack_synthetic(out: Out, count: Annotated[int, typer.Option(help="How many faces to draw.")] = 2000,
                    seed: Annotated[int, typer.Option(help="Seed of the faces.")] = 0, size: Size = 144, overwrite: Overwrite = False):
@@ -81,7 +82,7 @@ def _tell(store) -> None:
     splits = ", ".join(f"{len(store.rows(split))} {split}" for split in ("train", "val", "test"))
     typer.echo(f"{store.path}: {len(store)} faces of {store.size} x {store.size} pixels ({splits})")
 
-# %% ../nbs/17_cli.ipynb #0a962c0b
+# %% ../nbs/17_cli.ipynb #eaba61bd
 @app.command()
 def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")], data: Data, out: Out,
           preset: Preset = "quick", seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
@@ -142,11 +143,12 @@ def parse_seeds(text: str) -> list[int]:
         raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
     return list(dict.fromkeys(seeds))
 
-# %% ../nbs/17_cli.ipynb #cb1ee755
+# %% ../nbs/17_cli.ipynb #edab3396
 def main() -> None:
     """The entry point of the `facevae` command."""
     # Read by the thread library when torch is imported, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.showwarning = lambda message, *_: typer.echo(f"facevae: warning: {message}", err=True)
     try:
         app()
     except FaceVAEError as error:

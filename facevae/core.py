@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FaceVAEError', 'choices', 'atomic_file', 'write_text', 'atomic_directory', 'file_digest', 'progress_bar']
 
-# %% ../nbs/00_core.ipynb #3f17589e
+# %% ../nbs/00_core.ipynb #76ffaedf
 import contextlib
 import difflib
 import hashlib
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #eb3e897c
+# %% ../nbs/00_core.ipynb #e9f9d551
 class FaceVAEError(Exception):
     """A problem the user can mend: the text names the thing, what was expected, and the remedy."""
 
-# %% ../nbs/00_core.ipynb #dbd1ce4a
+# %% ../nbs/00_core.ipynb #85b6b810
 def choices(name: str, options: Iterable[str]) -> str:
     """A sentence listing `options`, led by the one most like the mistyped `name`.
 
@@ -32,7 +32,7 @@ def choices(name: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.6)
     return (f"Did you mean '{near[0]}'? " if near else "") + f"Choose from: {', '.join(options)}."
 
-# %% ../nbs/00_core.ipynb #76e7ba48
+# %% ../nbs/00_core.ipynb #5f30bbc8
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` when the block ends well, and vanishes when it does not.
@@ -63,7 +63,7 @@ def write_text(path: str | Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #eeaa4608
+# %% ../nbs/00_core.ipynb #4ca20fef
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
@@ -82,21 +82,24 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
-        if path.is_dir():
-            shutil.rmtree(path)
+        if not overwrite or not path.exists():
+            os.rename(partial, path)  # fails when somebody else has filled it meanwhile
         else:
-            path.unlink(missing_ok=True)
-        os.replace(partial, path)
+            # What is replaced is moved aside first, so that at every moment a whole directory exists.
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+            os.rename(path, aside)
+            os.rename(partial, path)
+            shutil.rmtree(aside.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #7d98a2d1
+# %% ../nbs/00_core.ipynb #8cc71da5
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #9a73f56b
+# %% ../nbs/00_core.ipynb #350b51ea
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 
