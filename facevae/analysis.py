@@ -6,7 +6,7 @@
 __all__ = ['METRIC_STYLE', 'ERRORS', 'VIEWS', 'AUTHORS_METRICS', 'MetricStyle', 'present_metrics', 'results', 'over_seeds',
            'loss_key', 'mask_pairs', 'paired_difference', 'mask_gain', 'authors_results', 'beside_authors']
 
-# %% ../nbs/12_analysis.ipynb #3a2dc436
+# %% ../nbs/12_analysis.ipynb #1e7ab9f2
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -16,7 +16,7 @@ from scipy import stats
 
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/12_analysis.ipynb #63f33aec
+# %% ../nbs/12_analysis.ipynb #5121efad
 @dataclass(frozen=True)
 class MetricStyle:
     """How one metric is read: its label and unit, which values are good, and its error as the paper prints it."""
@@ -56,7 +56,7 @@ METRIC_STYLE = {style.name: style for style in (
 ERRORS = ("ssim", "ms_ssim", "lpips", "vif", "l1", "l2", "sharpness", "delta_e")  # what the bar figures show
 VIEWS = ("face", "composite", "raw", "predicted")
 
-# %% ../nbs/12_analysis.ipynb #a6174788
+# %% ../nbs/12_analysis.ipynb #9b8f7027
 def present_metrics(table: pd.DataFrame) -> list[str]:
     """Names of the metrics that have at least one finite value in `table`, in the order of METRIC_STYLE."""
     return [name for name in METRIC_STYLE if name in table and np.isfinite(table[name].astype(float)).any()]
@@ -73,7 +73,7 @@ def results(metrics: pd.DataFrame) -> pd.DataFrame:
     table = finite.groupby(keys, sort=False).agg(images=("image", "nunique"), **{name: (name, "mean") for name in names})
     return table.reset_index()
 
-# %% ../nbs/12_analysis.ipynb #7c2a25a1
+# %% ../nbs/12_analysis.ipynb #abda6f09
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds, long: one row for each hypothesis, view and metric.
 
@@ -86,31 +86,31 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
                       index=long.index, dtype=float)
     return long.assign(best=score.groupby([long["view"], long["metric"]]).transform("max") == score)
 
-# %% ../nbs/12_analysis.ipynb #a8dd8da6
+# %% ../nbs/12_analysis.ipynb #b3f6a7df
 def loss_key(terms: str) -> str:
     """The terms in one order: "l1+ssim" and "ssim+l1" are the same loss."""
     return "+".join(sorted(part.strip() for part in terms.split("+")))
 
 
 def mask_pairs(cells: pd.DataFrame) -> pd.DataFrame:
-    """Hypotheses of equal losses side by side: columns label, terms, without, with (a hypothesis's name, or None).
+    """Hypotheses of equal losses side by side: columns label, terms, without, masked (a hypothesis's name, or None).
 
     cells: `Sweep.cells` or any table with hypothesis, terms, mask. The paper's losses come first, in the paper's order.
     """
     order = {loss_key(terms): i for i, terms in enumerate(("l1", "l2", "ssim", "ssim+l1", "ssim+l2"))}
     rows = cells[["hypothesis", "terms", "mask"]].drop_duplicates("hypothesis")
-    rows = rows.assign(key=rows.terms.map(loss_key), side=rows["mask"].map({True: "with", False: "without"}))
+    rows = rows.assign(key=rows.terms.map(loss_key), side=rows["mask"].map({True: "masked", False: "without"}))
     rows["copy"] = rows.groupby(["key", "mask"]).cumcount()
     pairs = []
     for (key, copy), group in rows.groupby(["key", "copy"], sort=False):
         names = {side: name for side, name in zip(group.side, group.hypothesis)}
         label = group.terms.iloc[0] + (f" ({', '.join(names.values())})" if copy else "")
         pairs.append({"label": label, "terms": group.terms.iloc[0], "without": names.get("without"),
-                      "with": names.get("with"), "order": (order.get(key, len(order)), copy)})
-    table = pd.DataFrame(pairs, columns=["label", "terms", "without", "with", "order"]).sort_values("order", kind="stable")
+                      "masked": names.get("masked"), "order": (order.get(key, len(order)), copy)})
+    table = pd.DataFrame(pairs, columns=["label", "terms", "without", "masked", "order"]).sort_values("order", kind="stable")
     return table.drop(columns="order").reset_index(drop=True).astype(object).where(lambda t: t.notna(), None)
 
-# %% ../nbs/12_analysis.ipynb #cbc4883d
+# %% ../nbs/12_analysis.ipynb #38768dc6
 def paired_difference(metrics: pd.DataFrame, first: str, second: str, confidence: float = 0.95,
                       resamples: int = 2000) -> pd.DataFrame:
     """Second against first hypothesis, image by image: one row for each view and metric both have.
@@ -145,9 +145,9 @@ def paired_difference(metrics: pd.DataFrame, first: str, second: str, confidence
                "share_improved", "images", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/12_analysis.ipynb #eafa06c5
+# %% ../nbs/12_analysis.ipynb #5c4f0d2b
 def mask_gain(sweep: Sweep, **options) -> pd.DataFrame:
-    """`paired_difference` of with masks against without, for each loss that has both; adds label, without, with, verdict.
+    """`paired_difference` of with masks against without, for each loss that has both; adds label, without, masked, verdict.
 
     verdict: "better" or "worse" when the interval lies on one side of zero, else "undecided".
     """
@@ -156,13 +156,13 @@ def mask_gain(sweep: Sweep, **options) -> pd.DataFrame:
         label, terms, without, masked = pair
         if without and masked:
             tables.append(paired_difference(sweep.metrics, without, masked, **options).assign(
-                label=label, terms=terms, without=without, **{"with": masked}))
+                label=label, terms=terms, without=without, masked=masked))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(
-        columns=[*paired_difference(sweep.metrics.head(0), "", "").columns, "label", "terms", "without", "with"])
+        columns=[*paired_difference(sweep.metrics.head(0), "", "").columns, "label", "terms", "without", "masked"])
     verdict = np.where(table.low > 0, "better", np.where(table.high < 0, "worse", "undecided"))
     return table.assign(verdict=verdict)
 
-# %% ../nbs/12_analysis.ipynb #8d0ad90f
+# %% ../nbs/12_analysis.ipynb #66cda446
 AUTHORS_METRICS = {"ssim": "one_minus_ssim", "ms_ssim": "one_minus_ms_ssim", "lpips": "lpips", "vif": "one_minus_vif",
                    "l1": "ten_l1", "l2": "ten_l2"}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'read_log', 'read_cell', 'Sweep', 'load_sweep']
 
-# %% ../nbs/11_sweeps.ipynb #78cb2b28
+# %% ../nbs/11_sweeps.ipynb #445a3d7a
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import FaceVAEError
 
-# %% ../nbs/11_sweeps.ipynb #40537657
+# %% ../nbs/11_sweeps.ipynb #3a17c58f
 def read_log(path: str | Path) -> pd.DataFrame:
     """A run's log.jsonl as one row for each kind, step and term; the term "loss" is the whole objective.
 
@@ -37,7 +37,7 @@ def read_log(path: str | Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["kind", "step", "term", "raw", "weighted", "images_per_second"])
     return table.drop_duplicates(["kind", "step", "term"], keep="last").reset_index(drop=True)
 
-# %% ../nbs/11_sweeps.ipynb #97c346e6
+# %% ../nbs/11_sweeps.ipynb #1fa10a7b
 STATES = ("done", "running", "pending", "failed", "missing", "unusable")
 
 
@@ -93,7 +93,7 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
             metrics, cell = None, cell | {"state": "unusable", "error": f"results cannot be used: {_reason(error)}"}
     return cell, metrics, log
 
-# %% ../nbs/11_sweeps.ipynb #d3be5288
+# %% ../nbs/11_sweeps.ipynb #4bcf2174
 @dataclass(frozen=True)
 class Sweep:
     """A sweep as tables.
@@ -135,5 +135,6 @@ def load_sweep(path: str | Path) -> Sweep:
     def stack(tables, columns):
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=front + columns)
         return table[front + [name for name in table if name not in front]]
-    return Sweep(path, manifest, pd.DataFrame(cells), stack(metrics, ["image", "view"]),
+    cells = pd.DataFrame(cells, columns=None if cells else list(read_cell(path, dict.fromkeys(front))[0]))
+    return Sweep(path, manifest, cells, stack(metrics, ["image", "view"]),
                  stack(curves, ["kind", "step", "term", "raw", "weighted"]), absent, notes)

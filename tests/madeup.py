@@ -94,3 +94,22 @@ def make_sweep(path: Path, hypotheses: list[dict] = HYPOTHESES, seeds=(0, 1), fa
                     {"state": "failed", "step": 130, "steps": 400, "seconds": 14.0,
                      "error": "The loss term 'l1' became nan at step 130. Lower the learning rate."}))
     return path
+
+
+def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict:
+    """Discs for faces, as every finished hypothesis would draw them: what `visual_comparison` takes."""
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij"), -1)
+    mask = np.stack([1 / (1 + np.exp(20 * (np.hypot(*((grid - rng.normal(0, 0.1, 2)) / (0.8, 0.6)).transpose(2, 0, 1)) - 1)))
+                     for _ in range(count)])
+    faces = rng.uniform(0.4, 0.9, (count, 1, 1, 3)) * (1 - 0.3 * grid[None, ..., :1])
+    original = mask[..., None] * faces + (1 - mask[..., None]) * rng.uniform(0, 1, (count, side, side, 3))
+    samples = {"original": original, "mask": mask, "recon": {}, "predicted": {}, "predicted_mask": {}}
+    for row in cells[cells.state == "done"].drop_duplicates("hypothesis").itertuples():
+        blur = np.clip(faces * mask[..., None] + 0.5 * (1 - mask[..., None]) + 0.02 * rng.normal(size=original.shape), 0, 1)
+        samples["recon"][row.hypothesis] = blur
+        if row.mask:
+            soft = mask ** 0.8
+            samples["predicted_mask"][row.hypothesis] = soft
+            samples["predicted"][row.hypothesis] = blur * soft[..., None] + original * (1 - soft[..., None])
+    return samples
