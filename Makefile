@@ -1,0 +1,51 @@
+# Two commands: make demo (the quick study on drawn faces) and make test (everything that is checked).
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: help demo test test-slow check notebooks readme clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       install into .venv, run the ten-hypothesis study on drawn faces, print the report's path"
+	@echo "make test       install with development extras; run every notebook's tests, pytest, and the checks"
+	@echo "make test-slow  the tests that take longer than a few minutes"
+	@echo "make notebooks  execute the library's notebooks again, clean them, export the library and the README"
+
+# torch and torchvision must come together: a torchvision of another build cannot be imported.
+$(VENV)/installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/installed
+	test -f $(DEMO)/store/manifest.json || $(BIN)/facevae pack synthetic --count 1500 --seed 0 --size 72 --out $(DEMO)/store
+	$(BIN)/facevae ablate --data $(DEMO)/store --out $(DEMO)/sweep --preset quick
+
+test: check notebooks-test
+	$(BIN)/pytest -q tests
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/pytest -q --run-slow tests
+
+check: $(VENV)/installed-dev
+	$(BIN)/python tests/check_repository.py
+
+notebooks-test: $(VENV)/installed-dev
+	$(BIN)/nbdev_test --n_workers 2
+
+notebooks: $(VENV)/installed-dev
+	for notebook in nbs/[0-9]*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/check_repository.py --write-readme
+
+clean:
+	rm -rf build dist *.egg-info _proc _docs
