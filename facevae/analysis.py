@@ -6,7 +6,7 @@
 __all__ = ['METRIC_STYLE', 'ERRORS', 'VIEWS', 'AUTHORS_METRICS', 'MetricStyle', 'present_metrics', 'results', 'over_seeds',
            'loss_key', 'mask_pairs', 'paired_difference', 'mask_gain', 'authors_results', 'beside_authors']
 
-# %% ../nbs/12_analysis.ipynb #1e7ab9f2
+# %% ../nbs/12_analysis.ipynb #6535929b
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -14,49 +14,48 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .metrics import METRICS
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/12_analysis.ipynb #5121efad
+# %% ../nbs/12_analysis.ipynb #0067244e
 @dataclass(frozen=True)
 class MetricStyle:
-    """How one metric is read: its label and unit, which values are good, and its error as the paper prints it."""
+    """How one metric is read: its short label, decimals and unit, which values are good, and its error as the paper prints it."""
     name: str
     label: str
-    better: str  # "high", "low", or "one": closest to 1
-    error_label: str
-    scale: float = 1.0  # the paper prints ten times L1 and L2
-    digits: int = 3
+    digits: int
     unit: str = ""
+
+    @property
+    def better(self) -> str:
+        """"high", "low", or "one" when values closest to 1 are best."""
+        return {True: "high", False: "low", None: "one"}[METRICS[self.name].higher_is_better]
+
+    @property
+    def arrow(self) -> str:
+        return {"high": "↑", "low": "↓", "one": "→ 1"}[self.better]
+
+    @property
+    def error_label(self) -> str:
+        return METRICS[self.name].shown_label
 
     def score(self, values):
         """Larger is better. values: numbers or arrays in the metric's own unit."""
         return values if self.better == "high" else -values if self.better == "low" else -abs(values - 1)
 
     def error(self, values):
-        """The metric as an error, lower is better and 0 perfect. PSNR and IoU, which the paper lacks, stay as they are."""
-        return abs(1 - values) if self.error_label.startswith(("1 ", "|")) else self.scale * values
-
-    @property
-    def arrow(self) -> str:
-        return {"high": "↑", "low": "↓", "one": "→1"}[self.better]
+        """Lower is better, as the paper prints it. values: numbers or arrays in the metric's own unit."""
+        return METRICS[self.name].shown(values)
 
 
 METRIC_STYLE = {style.name: style for style in (
-    MetricStyle("ssim", "SSIM", "high", "1 − SSIM"),
-    MetricStyle("ms_ssim", "MS-SSIM", "high", "1 − MS-SSIM"),
-    MetricStyle("lpips", "LPIPS", "low", "LPIPS"),
-    MetricStyle("vif", "VIF", "high", "1 − VIF"),
-    MetricStyle("l1", "L1", "low", "10 × L1", scale=10, digits=4),
-    MetricStyle("l2", "L2", "low", "10 × L2 (RMS)", scale=10, digits=4),
-    MetricStyle("psnr", "PSNR", "high", "PSNR", digits=2, unit="dB"),
-    MetricStyle("sharpness", "Sharpness", "one", "|1 − sharpness|"),
-    MetricStyle("delta_e", "Colour ΔE", "low", "Colour ΔE", digits=2),
-    MetricStyle("mask_iou", "Mask IoU", "high", "Mask IoU"),
-)}
+    MetricStyle("ssim", "SSIM", 3), MetricStyle("ms_ssim", "MS-SSIM", 3), MetricStyle("lpips", "LPIPS", 3), MetricStyle("vif", "VIF", 3),
+    MetricStyle("l1", "L1", 4), MetricStyle("l2", "L2", 4), MetricStyle("psnr", "PSNR", 2, "dB"), MetricStyle("sharpness", "Sharpness", 3),
+    MetricStyle("delta_e", "Colour ΔE", 2), MetricStyle("mask_iou", "Mask IoU", 3))}
 ERRORS = ("ssim", "ms_ssim", "lpips", "vif", "l1", "l2", "sharpness", "delta_e")  # what the bar figures show
 VIEWS = ("face", "composite", "raw", "predicted")
 
-# %% ../nbs/12_analysis.ipynb #9b8f7027
+# %% ../nbs/12_analysis.ipynb #eac7825f
 def present_metrics(table: pd.DataFrame) -> list[str]:
     """Names of the metrics that have at least one finite value in `table`, in the order of METRIC_STYLE."""
     return [name for name in METRIC_STYLE if name in table and np.isfinite(table[name].astype(float)).any()]
@@ -73,7 +72,7 @@ def results(metrics: pd.DataFrame) -> pd.DataFrame:
     table = finite.groupby(keys, sort=False).agg(images=("image", "nunique"), **{name: (name, "mean") for name in names})
     return table.reset_index()
 
-# %% ../nbs/12_analysis.ipynb #abda6f09
+# %% ../nbs/12_analysis.ipynb #a140daa5
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds, long: one row for each hypothesis, view and metric.
 
@@ -86,7 +85,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
                       index=long.index, dtype=float)
     return long.assign(best=score.groupby([long["view"], long["metric"]]).transform("max") == score)
 
-# %% ../nbs/12_analysis.ipynb #b3f6a7df
+# %% ../nbs/12_analysis.ipynb #2c93a6d6
 def loss_key(terms: str) -> str:
     """The terms in one order: "l1+ssim" and "ssim+l1" are the same loss."""
     return "+".join(sorted(part.strip() for part in terms.split("+")))
@@ -110,7 +109,7 @@ def mask_pairs(cells: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(pairs, columns=["label", "terms", "without", "masked", "order"]).sort_values("order", kind="stable")
     return table.drop(columns="order").reset_index(drop=True).astype(object).where(lambda t: t.notna(), None)
 
-# %% ../nbs/12_analysis.ipynb #38768dc6
+# %% ../nbs/12_analysis.ipynb #18281bd7
 def paired_difference(metrics: pd.DataFrame, first: str, second: str, confidence: float = 0.95,
                       resamples: int = 2000) -> pd.DataFrame:
     """Second against first hypothesis, image by image: one row for each view and metric both have.
@@ -145,7 +144,7 @@ def paired_difference(metrics: pd.DataFrame, first: str, second: str, confidence
                "share_improved", "images", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/12_analysis.ipynb #5c4f0d2b
+# %% ../nbs/12_analysis.ipynb #11af6193
 def mask_gain(sweep: Sweep, **options) -> pd.DataFrame:
     """`paired_difference` of with masks against without, for each loss that has both; adds label, without, masked, verdict.
 
@@ -162,7 +161,7 @@ def mask_gain(sweep: Sweep, **options) -> pd.DataFrame:
     verdict = np.where(table.low > 0, "better", np.where(table.high < 0, "worse", "undecided"))
     return table.assign(verdict=verdict)
 
-# %% ../nbs/12_analysis.ipynb #66cda446
+# %% ../nbs/12_analysis.ipynb #69b9a759
 AUTHORS_METRICS = {"ssim": "one_minus_ssim", "ms_ssim": "one_minus_ms_ssim", "lpips": "lpips", "vif": "one_minus_vif",
                    "l1": "ten_l1", "l2": "ten_l2"}
 

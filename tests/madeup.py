@@ -103,10 +103,10 @@ def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict
     mask = np.stack([1 / (1 + np.exp(20 * (np.hypot(*((grid - rng.normal(0, 0.1, 2)) / (0.8, 0.6)).transpose(2, 0, 1)) - 1)))
                      for _ in range(count)])
     faces = rng.uniform(0.4, 0.9, (count, 1, 1, 3)) * (1 - 0.3 * grid[None, ..., :1])
-    original = mask[..., None] * faces + (1 - mask[..., None]) * rng.uniform(0, 1, (count, side, side, 3))
+    original = mask[..., None] * faces + (1 - mask[..., None]) * (0.5 + 0.4 * np.sin(9 * grid.sum(-1) * rng.uniform(0.5, 1, (count, 1, 1))))[..., None]
     samples = {"original": original, "mask": mask, "recon": {}, "predicted": {}, "predicted_mask": {}}
     for row in cells[cells.state == "done"].drop_duplicates("hypothesis").itertuples():
-        blur = np.clip(faces * mask[..., None] + 0.5 * (1 - mask[..., None]) + 0.02 * rng.normal(size=original.shape), 0, 1)
+        blur = np.clip(faces * mask[..., None] + 0.5 * (1 - mask[..., None]), 0, 1)
         samples["recon"][row.hypothesis] = blur
         if row.mask:
             soft = mask ** 0.8
