@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_log', 'read_cell', 'Sweep', 'load_sweep']
 
-# %% ../nbs/11_sweeps.ipynb #f83c4345
+# %% ../nbs/11_sweeps.ipynb #45f7f3ad
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import FaceVAEError
 
-# %% ../nbs/11_sweeps.ipynb #06f754cd
+# %% ../nbs/11_sweeps.ipynb #c135eb62
 def read_log(path: str | Path) -> pd.DataFrame:
     """A run's log.jsonl as one row for each kind, step and term; the term "loss" is the whole objective.
 
@@ -37,7 +37,7 @@ def read_log(path: str | Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["kind", "step", "term", "raw", "weighted", "images_per_second"])
     return table.drop_duplicates(["kind", "step", "term"], keep="last").reset_index(drop=True)
 
-# %% ../nbs/11_sweeps.ipynb #9dbde00b
+# %% ../nbs/11_sweeps.ipynb #f2961788
 def _json(path: Path) -> dict:
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
@@ -57,7 +57,7 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
     path: the run directory. asked: hypothesis, terms, mask, seed as the sweep asked for them.
     """
     cell = {**asked, "state": "missing", "error": "", "step": None, "steps": None, "seconds": None, "images": 0,
-            "images_per_second": None, "device": None, "versions": None, "path": str(path)}
+            "images_per_second": None, "device": None, "versions": None, "size": None, "batch_size": None, "path": str(path)}
     metrics = log = None
     if not path.is_dir():
         return {**cell, "error": "never started"}, metrics, log
@@ -80,7 +80,7 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
                      if key in config and config[key] != asked[key]]
             if wrong:
                 raise ValueError("it trained something else: " + "; ".join(wrong))
-            cell |= {key: config.get(key) for key in ("size", "width", "batch")}
+            cell |= {key: config.get(key) for key in ("size", "batch_size")}
             metrics = pd.read_parquet(path / "metrics.parquet")
             lost = {"image", "view"} - set(metrics.columns)
             if lost or metrics.empty:
@@ -90,7 +90,7 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
             metrics, cell = None, cell | {"state": "unusable", "error": f"results cannot be used: {_reason(error)}"}
     return cell, metrics, log
 
-# %% ../nbs/11_sweeps.ipynb #d1ac8573
+# %% ../nbs/11_sweeps.ipynb #6d5543b0
 @dataclass(frozen=True)
 class Sweep:
     """A sweep as tables.

@@ -11,7 +11,7 @@ import pandas as pd
 LOSSES = {"ssim+l1": ("H1", "H2"), "l1": ("H3", "H4"), "ssim": ("H5", "H6"), "l2": ("H7", "H8"), "ssim+l2": ("H10", "H9")}
 HYPOTHESES = sorted(({"name": name, "terms": terms, "mask": bool(mask)} for terms, pair in LOSSES.items()
                      for mask, name in enumerate(pair)), key=lambda h: int(h["name"][1:]))
-WEIGHTS = {"ssim": 1.0, "l1": 4.0, "l2": 100.0, "kl": 1e-3, "bce": 1.0, "dice": 1.0}
+WEIGHTS = {"ssim": 1.0, "l1": 4.0, "l2": 100.0, "kl": 1e-3, "mask_bce": 1.0, "mask_dice": 1.0}
 ABSENT = {"lpips": "its backbone weights could not be downloaded (no network)"}
 
 
@@ -34,7 +34,7 @@ def image_metrics(terms: str, mask: bool, seed: int, images: int, lpips: bool) -
                    vif=0.2 + 0.3 * (1 - structure), l1=error, l2=l2, psnr=-20 * np.log10(l2),
                    sharpness=0.35 + 0.3 * ("ssim" in parts) + 0.02 * noise.normal(size=images),
                    delta_e=90 * error * (1.25 if parts == {"ssim"} else 1),
-                   mask_iou=0.9 - 0.02 * np.abs(difficulty) if mask else np.nan)
+                   mask_iou=0.9 - 0.02 * np.abs(difficulty) if view == "predicted" else np.nan)
         if lpips:
             row["lpips"] = 0.5 * structure
         rows.append(pd.DataFrame(row))
@@ -46,9 +46,9 @@ def image_metrics(terms: str, mask: bool, seed: int, images: int, lpips: bool) -
 def log_lines(terms: str, mask: bool, seed: int, steps: int) -> list[str]:
     """Invented train and validation lines of a log.jsonl."""
     noise = np.random.default_rng([seed, mask, sum(map(ord, terms))])
-    names = terms.split("+") + ["kl"] + (["bce", "dice"] if mask else [])
-    start = {"ssim": 1.9, "l1": 0.25, "l2": 0.09, "kl": 5.0, "bce": 0.7, "dice": 0.5}
-    end = {"ssim": 1.35, "l1": 0.07, "l2": 0.011, "kl": 240.0, "bce": 0.12, "dice": 0.05}
+    names = terms.split("+") + ["kl"] + (["mask_bce", "mask_dice"] if mask else [])
+    start = {"ssim": 1.9, "l1": 0.25, "l2": 0.09, "kl": 5.0, "mask_bce": 0.7, "mask_dice": 0.5}
+    end = {"ssim": 1.35, "l1": 0.07, "l2": 0.011, "kl": 240.0, "mask_bce": 0.12, "mask_dice": 0.05}
     lines = []
     for step in range(10, steps + 1, 10):
         done = 1 - np.exp(-4 * step / steps)
@@ -64,12 +64,15 @@ def log_lines(terms: str, mask: bool, seed: int, steps: int) -> list[str]:
 
 
 def write_run(folder: Path, name: str, terms: str, mask: bool, seed: int, images: int = 24, steps: int = 400,
-              lpips: bool = False) -> Path:
+              lpips: bool = False,
+              size: int = 72) -> Path:
     """A finished run's directory."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"hypothesis": name, "terms": terms, "mask": mask, "seed": seed, "size": 72, "width": 0.25, "batch": 32, "steps": steps}
+    config = {"hypothesis": name, "terms": terms, "mask": mask, "seed": seed, "size": size, "width": 0.25, "batch_size": 16, "steps": steps}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "status.json").write_text(json.dumps({"state": "done", "step": steps, "steps": steps, "seconds": 40.0 + seed}))
+    (folder / "status.json").write_text(json.dumps(
+        {"state": "done", "step": steps, "steps": steps, "seconds": 40.0 + seed,
+         "device": "CPU, 2 threads", "versions": {"facevae": "0.1.0", "torch": "2.11.0"}}))
     (folder / "log.jsonl").write_text("\n".join(log_lines(terms, mask, seed, steps)) + "\n")
     image_metrics(terms, mask, seed, images, lpips).to_parquet(folder / "metrics.parquet")
     return folder
@@ -81,7 +84,8 @@ def make_sweep(path: Path, hypotheses: list[dict] = HYPOTHESES, seeds=(0, 1), fa
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "sweep.json").write_text(json.dumps({"hypotheses": list(hypotheses), "seeds": list(seeds), "preset": "quick",
-                                                 "data": "stores/madeup", "overrides": {"steps": 400, "width": 0.25}}))
+                                                 "data": "stores/madeup", "settings": {"steps": 400, "width": 0.25},
+                                                 "data_source": {"kind": "synthetic", "count": 240, "seed": 0, "size": 72}}))
     for asked in hypotheses:
         for seed in seeds:
             folder = path / asked["name"] / f"seed{seed}"
