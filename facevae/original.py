@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERAS_HEADS', 'keras_names', 'load_keras', 'parity', 'loss_parity']
 
-# %% ../nbs/14_original.ipynb #4249e6d0
+# %% ../nbs/14_original.ipynb #7640b85b
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .losses import loss_terms, weigh
 from .metrics import ssim
 from .model import FaceVAE, FaceVAEOutput, ModelConfig, composite
 
-# %% ../nbs/14_original.ipynb #61f61dc1
+# %% ../nbs/14_original.ipynb #a7daacd1
 KERAS_HEADS = {"hidden.0": "dense", "mean": "z_mean", "log_std": "z_logvar"}
 
 
@@ -42,7 +42,7 @@ def keras_names(vae: FaceVAE) -> dict[str, str]:
                 counts[kind] += 1
     return names
 
-# %% ../nbs/14_original.ipynb #c766dd28
+# %% ../nbs/14_original.ipynb #197e96fc
 def _torch_tensors(module: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
     """Torch name, Keras name and axis order of each weight of one layer."""
     if isinstance(module, nn.BatchNorm2d):
@@ -109,7 +109,7 @@ def load_keras(path: str | Path, sampling: str = "original") -> FaceVAE:
                            "weight file of another model.")
     return vae
 
-# %% ../nbs/14_original.ipynb #6a524b19
+# %% ../nbs/14_original.ipynb #55517a55
 def parity(model: str | Path, reference: str | Path) -> dict[str, float]:
     """Largest absolute difference between a Keras weight file's model here and what Keras computed with it.
 
@@ -128,7 +128,7 @@ def parity(model: str | Path, reference: str | Path) -> dict[str, float]:
     return {name: float(np.abs((value if value.ndim == 2 else value.permute(0, 2, 3, 1)).numpy() - known[name]).max())
             for name, value in ours.items()}
 
-# %% ../nbs/14_original.ipynb #abf8f43a
+# %% ../nbs/14_original.ipynb #213f6d37
 def loss_parity(reference: str | Path) -> dict[str, float]:
     """Relative difference of each loss from the authors' value, and the largest difference of SSIM for one picture.
 
