@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bars', 'bars_masks', 'bars_standalone', 'bars_ssim_with', 'mask_gain_plot', 'training_curves', 'visual_comparison']
 
-# %% ../nbs/13_figures.ipynb #4f3ccd91
+# %% ../nbs/13_figures.ipynb #df80481a
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from .analysis import ERRORS, METRIC_STYLE, loss_key, mask_pairs
 from .style import LOSS_COLORS, VIEW_STYLE, WITH, WITHOUT, new_figure, notice, png, styled
 
-# %% ../nbs/13_figures.ipynb #26a73832
+# %% ../nbs/13_figures.ipynb #634870e7
 @styled
 def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str, str | None, str]]]], title: str) -> Figure:
     """Grouped bars, a panel for each metric.
@@ -72,7 +72,7 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color="#555555")
     return figure
 
-# %% ../nbs/13_figures.ipynb #e71b0cde
+# %% ../nbs/13_figures.ipynb #f02da43f
 def bars_masks(table: pd.DataFrame, view: str = "face", cells: pd.DataFrame | None = None) -> Figure:
     """Do masks help? For each loss, without against with masks.
 
@@ -103,7 +103,7 @@ def bars_ssim_with(table: pd.DataFrame, view: str = "face", cells: pd.DataFrame 
     wanted = {loss_key("ssim+l1"), loss_key("ssim+l2")}
     return _by_mask(table, view, cells, lambda terms: loss_key(terms) in wanted, "SSIM with l1 or l2?")
 
-# %% ../nbs/13_figures.ipynb #9cd892b5
+# %% ../nbs/13_figures.ipynb #48cc6690
 @styled
 def mask_gain_plot(gains: pd.DataFrame) -> Figure:
     """Points and intervals of what masks change, a panel for each metric, a row for each loss, a marker for each view.
@@ -140,7 +140,7 @@ def mask_gain_plot(gains: pd.DataFrame) -> Figure:
                      fontsize=8.5, color="#555555")
     return figure
 
-# %% ../nbs/13_figures.ipynb #745f0134
+# %% ../nbs/13_figures.ipynb #7144de96
 @styled
 def training_curves(curves: pd.DataFrame) -> Figure:
     """Validation objective and raw terms against steps: a row for each loss, a line for each run.
@@ -187,7 +187,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     figure.suptitle("Validation during training", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
 
-# %% ../nbs/13_figures.ipynb #d9c9562a
+# %% ../nbs/13_figures.ipynb #313a34f5
 @styled
 def visual_comparison(samples: dict, cells: pd.DataFrame) -> Figure:
     """Faces as each hypothesis draws them: for each face a block of rows, a column for each loss.

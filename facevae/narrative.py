@@ -6,14 +6,14 @@
 __all__ = ['number', 'cell', 'head', 'left', 'results_table', 'all_tables', 'authors_table', 'gain_sentence', 'gains_section',
            'findings']
 
-# %% ../nbs/13_narrative.ipynb #4f6fc025
+# %% ../nbs/13_narrative.ipynb #bc53ab34
 import numpy as np
 import pandas as pd
 
 from .analysis import AUTHORS_METRICS, ERRORS, METRIC_STYLE, beside_authors, mask_gain, over_seeds, results
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/13_narrative.ipynb #874c9082
+# %% ../nbs/13_narrative.ipynb #f64c49b8
 def number(value: float, digits: int) -> str:
     """A value as text, with a true minus sign; a dash when it is not finite."""
     return "–" if value is None or not np.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
@@ -27,7 +27,8 @@ def cell(text, kind="", small=(), span=None) -> dict:
 def head(name: str) -> str:
     """A metric as a column head, with its direction and unit."""
     style = METRIC_STYLE[name]
-    return f"{style.label} {style.arrow}" + (f" ({style.unit})" if style.unit else "")
+    label = style.label.replace("Colour ", "Colour\n")
+    return f"{label}{' ' if len(style.arrow) == 1 else chr(10)}{style.arrow}" + (f"\n({style.unit})" if style.unit else "")
 
 
 def left(row) -> list[dict]:
@@ -62,10 +63,10 @@ def all_tables(sweep: Sweep, summary: pd.DataFrame) -> dict[str, dict]:
         have = set(summary.metric[summary["view"] == view])
         shown = sweep if view != "predicted" else Sweep(**{**vars(sweep), "cells": sweep.cells[sweep.cells["mask"].astype(bool)]})
         tables[view] = results_table(shown, summary, [(name, view) for name in METRIC_STYLE if name in have], f"{view.capitalize()} view")
-    names = [name for name in ("l1", "l2", "ssim", "ms_ssim", "delta_e") if name in set(summary.metric)]
+    names = [name for name in ("l1", "l2", "ssim", "delta_e") if name in set(summary.metric)]
     views = ("face", "composite", "raw")
     tables["views"] = results_table(sweep, summary, [(name, view) for name in names for view in views],
-                                    "The same metrics on three views, means over images and seeds", [(head(name), 3) for name in names])
+                                    "The same metrics on three views, means over images and seeds", [(head(name).replace("\n", " "), 3) for name in names])
     return tables
 
 
@@ -81,7 +82,7 @@ def authors_table(sweep: Sweep, summary: pd.DataFrame) -> dict:
     return {"caption": "", "heads": ["Hypothesis", "Loss", "Masks"] + ["authors", "ours"] * len(groups), "left": 3, "rows": rows, "groups": groups,
             "edges": [3 + 2 * i for i in range(len(groups))]}
 
-# %% ../nbs/13_narrative.ipynb #48b08da4
+# %% ../nbs/13_narrative.ipynb #a7ac3d13
 def gain_sentence(gain) -> str:
     """One row of `mask_gain` in words: from, to, by how much, and its interval."""
     style = METRIC_STYLE[gain.metric]
