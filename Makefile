@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+# Threads that spin while they wait for each other make a busy machine crawl.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test test-slow check notebooks readme clean
 .DELETE_ON_ERROR:
@@ -39,7 +41,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/python tests/check_repository.py
 
 notebooks-test: $(VENV)/installed-dev
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
 notebooks: $(VENV)/installed-dev
 	for notebook in nbs/[0-9]*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done

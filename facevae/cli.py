@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'pack_app', 'Out', 'Data', 'Size', 'Preset', 'Settings', 'MaxBad', 'Overwrite', 'pack_synthetic', 'pack_folder',
-           'verify', 'train', 'ablate', 'make_report', 'parse_seeds', 'main']
+           'verify', 'train', 'ablate', 'make_report', 'import_original', 'reconstruct', 'parse_seeds', 'main']
 
-# %% ../nbs/17_cli.ipynb #0498e12f
+# %% ../nbs/17_cli.ipynb #5d546b22
 import os
 import sys
 import warnings
@@ -17,7 +17,7 @@ import typer
 
 from .core import FaceVAEError, progress_bar
 
-# %% ../nbs/17_cli.ipynb #1c090a93
+# %% ../nbs/17_cli.ipynb #a978b2c1
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train, compare and explore variational autoencoders of faces, with and without face masks.")
 pack_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack faces and their label maps into a store.")
@@ -45,7 +45,7 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
     if debug:
         os.environ["FACEVAE_DEBUG"] = "1"
 
-# %% ../nbs/17_cli.ipynb #ab25a09c
+# %% ../nbs/17_cli.ipynb #a1434582
 @pack_app.command("synthetic")
 def pack_synthetic(out: Out, count: Annotated[int, typer.Option(help="How many faces to draw.")] = 2000,
                    seed: Annotated[int, typer.Option(help="Seed of the faces.")] = 0, size: Size = 144, overwrite: Overwrite = False):
@@ -82,7 +82,7 @@ def _tell(store) -> None:
     splits = ", ".join(f"{len(store.rows(split))} {split}" for split in ("train", "val", "test"))
     typer.echo(f"{store.path}: {len(store)} faces of {store.size} x {store.size} pixels ({splits})")
 
-# %% ../nbs/17_cli.ipynb #eaba61bd
+# %% ../nbs/17_cli.ipynb #95e5f3b5
 @app.command()
 def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")], data: Data, out: Out,
           preset: Preset = "quick", seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
@@ -133,6 +133,28 @@ def make_report(sweep: Annotated[Path, typer.Argument(help="A sweep directory, f
     typer.echo(f"Report: {report(sweep)}")
 
 
+@app.command("import-original")
+def import_original(weights: Annotated[Path, typer.Argument(metavar="FILE.h5", help="A Keras weight file of the paper's authors.")], out: Out,
+                    overwrite: Overwrite = False):
+    """Turn the authors' Keras weights into a model that FaceVAE.from_pretrained and facevae reconstruct read."""
+    from facevae.core import atomic_directory
+    from facevae.original import load_keras
+    vae = load_keras(weights)
+    with atomic_directory(out, overwrite) as folder:
+        vae.save_pretrained(folder)
+    typer.echo(f"{out}: the paper's network, {'with' if vae.config.mask_decoder else 'without'} a mask decoder")
+
+
+@app.command()
+def reconstruct(model: Annotated[Path, typer.Argument(help="A model: the model/ folder of a run.")],
+                photographs: Annotated[list[Path], typer.Argument(help="Pictures of faces.")], out: Out):
+    """Reconstruct pictures: original, reconstruction and predicted mask side by side, a PNG each."""
+    from facevae.model import FaceVAE
+    from facevae.reconstruct import reconstruct_files
+    for path in reconstruct_files(FaceVAE.from_pretrained(model), photographs, out):
+        typer.echo(path)
+
+
 def parse_seeds(text: str) -> list[int]:
     """Seeds from a comma-separated text. Raises FaceVAEError for anything but whole numbers from 0."""
     try:
@@ -143,7 +165,7 @@ def parse_seeds(text: str) -> list[int]:
         raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
     return list(dict.fromkeys(seeds))
 
-# %% ../nbs/17_cli.ipynb #edab3396
+# %% ../nbs/17_cli.ipynb #cfd2a616
 def main() -> None:
     """The entry point of the `facevae` command."""
     # Read by the thread library when torch is imported, which no command has done yet.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FaceVAEError', 'choices', 'atomic_file', 'write_text', 'atomic_directory', 'file_digest', 'progress_bar']
 
-# %% ../nbs/00_core.ipynb #76ffaedf
+# %% ../nbs/00_core.ipynb #2e54535b
 import contextlib
 import difflib
 import hashlib
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #e9f9d551
+# %% ../nbs/00_core.ipynb #3a7c2750
 class FaceVAEError(Exception):
     """A problem the user can mend: the text names the thing, what was expected, and the remedy."""
 
-# %% ../nbs/00_core.ipynb #85b6b810
+# %% ../nbs/00_core.ipynb #31cf455e
 def choices(name: str, options: Iterable[str]) -> str:
     """A sentence listing `options`, led by the one most like the mistyped `name`.
 
@@ -32,7 +32,7 @@ def choices(name: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.6)
     return (f"Did you mean '{near[0]}'? " if near else "") + f"Choose from: {', '.join(options)}."
 
-# %% ../nbs/00_core.ipynb #5f30bbc8
+# %% ../nbs/00_core.ipynb #e12138e7
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` when the block ends well, and vanishes when it does not.
@@ -63,7 +63,7 @@ def write_text(path: str | Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #4ca20fef
+# %% ../nbs/00_core.ipynb #b3e94d2b
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
@@ -83,23 +83,23 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
         if not overwrite or not path.exists():
-            os.rename(partial, path)  # fails when somebody else has filled it meanwhile
+            os.replace(partial, path)  # fails when somebody else has filled it meanwhile
         else:
             # What is replaced is moved aside first, so that at every moment a whole directory exists.
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
-            os.rename(path, aside)
-            os.rename(partial, path)
+            os.replace(path, aside)
+            os.replace(partial, path)
             shutil.rmtree(aside.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #8cc71da5
+# %% ../nbs/00_core.ipynb #e299555f
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #350b51ea
+# %% ../nbs/00_core.ipynb #79ec6a5d
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 

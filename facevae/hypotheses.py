@@ -6,7 +6,7 @@
 __all__ = ['HYPOTHESES', 'PRESETS', 'Hypothesis', 'parse_hypothesis', 'parse_hypotheses', 'RunConfig', 'make_config',
            'parse_settings', 'check_parameters']
 
-# %% ../nbs/08_hypotheses.ipynb #942a84fe
+# %% ../nbs/08_hypotheses.ipynb #e3e4a3f8
 import json
 import re
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .labels import FACE_PARTS, class_ids
 from .losses import IMAGE_TERMS, WEIGHTS, parse_terms
 from .model import ModelConfig
 
-# %% ../nbs/08_hypotheses.ipynb #603b395c
+# %% ../nbs/08_hypotheses.ipynb #3956d0f1
 @dataclass(frozen=True)
 class Hypothesis:
     """An objective: image terms such as "ssim+l2", and whether face masks are used."""
@@ -62,7 +62,7 @@ def parse_hypotheses(text: str | Iterable[str]) -> list[Hypothesis]:
         return list(HYPOTHESES.values())
     return list(dict.fromkeys(parse_hypothesis(str(name)) for name in names))
 
-# %% ../nbs/08_hypotheses.ipynb #164b4f0c
+# %% ../nbs/08_hypotheses.ipynb #f246a5e4
 class RunConfig(BaseModel):
     """Everything that shapes one run.
 
@@ -137,10 +137,10 @@ class RunConfig(BaseModel):
                                f"again with --size {self.size}, or train with --set size={store_size}.")
         return self if self.size else self.model_copy(update={"size": min(store_size, 72)})
 
-# %% ../nbs/08_hypotheses.ipynb #5af9bf9e
+# %% ../nbs/08_hypotheses.ipynb #5afcaa1d
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 144},
-    "quick": {"width": 0.25, "latent_dim": 128, "steps": 400, "batch_size": 16, "learning_rate": 2e-3,
+    "quick": {"width": 0.25, "latent_dim": 128, "steps": 300, "batch_size": 16, "learning_rate": 2e-3,
               "schedule": "one-cycle", "norm_momentum": 0.1, "flip": True, "validate_every": 100, "checkpoint_every": 100,
               "log_every": 10, "val_images": 96, "test_images": 200},
 }
@@ -190,7 +190,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             overrides[name] = value
     return overrides
 
-# %% ../nbs/08_hypotheses.ipynb #16f85f2c
+# %% ../nbs/08_hypotheses.ipynb #f0e9e92e
 def check_parameters(variables: dict[str, Any], known: Iterable[str]) -> None:
     """Refuse a parameter that a notebook does not have.
 

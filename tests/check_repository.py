@@ -67,10 +67,10 @@ def library_is_exported():
 
 
 def rendered_readme() -> str:
-    """index.ipynb as Markdown, with its pictures' paths made relative to the top."""
+    """index.ipynb as Markdown, with the paths of pictures and notebooks made relative to the top."""
     from nbconvert import MarkdownExporter
     text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
-    text = re.sub(r'(src="|\]\()images/', r"\1nbs/images/", text)
+    text = re.sub(r'(src="|\]\()(images/|\w+\.ipynb)', r"\1nbs/\2", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
