@@ -6,7 +6,7 @@
 __all__ = ['METRIC_STYLE', 'ERRORS', 'VIEWS', 'AUTHORS_METRICS', 'MetricStyle', 'present_metrics', 'results', 'over_seeds',
            'loss_key', 'mask_pairs', 'paired_difference', 'mask_gain', 'authors_results', 'beside_authors']
 
-# %% ../nbs/12_analysis.ipynb #235ce38b
+# %% ../nbs/12_analysis.ipynb #affc00d6
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -17,7 +17,7 @@ from scipy import stats
 from .metrics import METRICS
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/12_analysis.ipynb #8725c2ec
+# %% ../nbs/12_analysis.ipynb #c951de14
 @dataclass(frozen=True)
 class MetricStyle:
     """How one metric is read: its short label, decimals and unit, which values are good, and its error as the paper prints it."""
@@ -37,7 +37,7 @@ class MetricStyle:
 
     @property
     def error_label(self) -> str:
-        return METRICS[self.name].shown_label
+        return self.label if self.error(0.25) == 0.25 else METRICS[self.name].shown_label  # some metrics are errors already
 
     def score(self, values):
         """Larger is better. values: numbers or arrays in the metric's own unit."""
@@ -55,7 +55,7 @@ METRIC_STYLE = {style.name: style for style in (
 ERRORS = ("ssim", "ms_ssim", "lpips", "vif", "l1", "l2", "sharpness", "delta_e")  # what the bar figures show
 VIEWS = ("face", "composite", "raw", "predicted")
 
-# %% ../nbs/12_analysis.ipynb #12ad618f
+# %% ../nbs/12_analysis.ipynb #49e97629
 def present_metrics(table: pd.DataFrame) -> list[str]:
     """Names of the metrics that have at least one finite value in `table`, in the order of METRIC_STYLE."""
     return [name for name in METRIC_STYLE if name in table and np.isfinite(table[name].astype(float)).any()]
@@ -72,7 +72,7 @@ def results(metrics: pd.DataFrame) -> pd.DataFrame:
     table = finite.groupby(keys, sort=False).agg(images=("image", "nunique"), **{name: (name, "mean") for name in names})
     return table.reset_index()
 
-# %% ../nbs/12_analysis.ipynb #d99d1f45
+# %% ../nbs/12_analysis.ipynb #9961dba9
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds, long: one row for each hypothesis, view and metric.
 
@@ -85,7 +85,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
                       index=long.index, dtype=float)
     return long.assign(best=score.groupby([long["view"], long["metric"]]).transform("max") == score)
 
-# %% ../nbs/12_analysis.ipynb #c0e27eb1
+# %% ../nbs/12_analysis.ipynb #aa43fa1c
 def loss_key(terms: str) -> str:
     """The terms in one order: "l1+ssim" and "ssim+l1" are the same loss."""
     return "+".join(sorted(part.strip() for part in terms.split("+")))
@@ -109,7 +109,7 @@ def mask_pairs(cells: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(pairs, columns=["label", "terms", "without", "masked", "order"]).sort_values("order", kind="stable")
     return table.drop(columns="order").reset_index(drop=True).astype(object).where(lambda t: t.notna(), None)
 
-# %% ../nbs/12_analysis.ipynb #73d7baae
+# %% ../nbs/12_analysis.ipynb #fcef9738
 def paired_difference(metrics: pd.DataFrame, first: str, second: str, confidence: float = 0.95,
                       resamples: int = 2000) -> pd.DataFrame:
     """Second against first hypothesis, image by image: one row for each view and metric both have.
@@ -144,7 +144,7 @@ def paired_difference(metrics: pd.DataFrame, first: str, second: str, confidence
                "share_improved", "images", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/12_analysis.ipynb #dc987541
+# %% ../nbs/12_analysis.ipynb #c92bfd8c
 def mask_gain(sweep: Sweep, **options) -> pd.DataFrame:
     """`paired_difference` of with masks against without, for each loss that has both; adds label, without, masked, verdict.
 
@@ -161,7 +161,7 @@ def mask_gain(sweep: Sweep, **options) -> pd.DataFrame:
     verdict = np.where(table.low > 0, "better", np.where(table.high < 0, "worse", "undecided"))
     return table.assign(verdict=verdict)
 
-# %% ../nbs/12_analysis.ipynb #42e875e2
+# %% ../nbs/12_analysis.ipynb #ab745bc2
 AUTHORS_METRICS = {"ssim": "one_minus_ssim", "ms_ssim": "one_minus_ms_ssim", "lpips": "lpips", "vif": "one_minus_vif",
                    "l1": "ten_l1", "l2": "ten_l2"}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bars', 'bars_masks', 'bars_standalone', 'bars_ssim_with', 'mask_gain_plot', 'training_curves', 'visual_comparison']
 
-# %% ../nbs/13_figures.ipynb #2fc6bc0f
+# %% ../nbs/13_figures.ipynb #df80481a
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from .analysis import ERRORS, METRIC_STYLE, loss_key, mask_pairs
 from .style import LOSS_COLORS, VIEW_STYLE, WITH, WITHOUT, new_figure, notice, png, styled
 
-# %% ../nbs/13_figures.ipynb #21bfcaa1
+# %% ../nbs/13_figures.ipynb #634870e7
 @styled
 def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str, str | None, str]]]], title: str) -> Figure:
     """Grouped bars, a panel for each metric.
@@ -26,13 +26,13 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
     shown = [name for name in ERRORS if name in part and part[name].notna().any()]
     if not groups or not shown:
         return notice(f"{title}: no finished run has a metric on the {view} view.")
-    columns = 3
+    columns = 4 if len(shown) > 6 else 3
     rows = -(-len(shown) // columns)
-    figure = new_figure(9, 0.9 + 2.15 * rows)
+    figure = new_figure(9.6, 0.9 + 2.1 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(shown):]:
         axis.set_axis_off()
-    missing = False
+    missing, several = False, (part.groupby("hypothesis").seed.nunique() > 1).any()
     for axis, name in zip(axes, shown):
         style = METRIC_STYLE[name]
         means = part.groupby("hypothesis")[name].mean()
@@ -52,8 +52,8 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
                 dark = sum(int(color[i:i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) < 130
                 axis.text(x, top * 0.02, f"{seeds.mean():.3f}", rotation=90, ha="center", va="bottom", fontsize=7,
                           color="white" if dark else "black")
-                if len(seeds) > 1:
-                    spread = np.linspace(-0.16, 0.16, len(seeds)) * width
+                if several:
+                    spread = (np.arange(len(seeds)) - (len(seeds) - 1) / 2) * min(0.32 / len(seeds), 0.16) * width * 2
                     axis.plot(x + spread, seeds, "o", markersize=2.6, markerfacecolor="white", markeredgecolor="#222222", markeredgewidth=0.6)
         axis.set(title=style.error_label, ylim=(0, top), xlim=(-0.55, len(groups) - 0.45))
         axis.set_xticks(range(len(groups)), [label.replace("+", "\n+") for label, _ in groups], fontsize=8.5)
@@ -61,7 +61,7 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
         axis.grid(axis="x", visible=False)
     entries = dict.fromkeys((series, color) for _, members in groups for series, _, color in members)
     handles = [Patch(facecolor=color, label=series) for series, color in entries]
-    if (part.groupby("hypothesis").seed.nunique() > 1).any():
+    if several:
         handles.append(Line2D([], [], marker="o", linestyle="none", markersize=4, markerfacecolor="white", markeredgecolor="#222222", label="one seed"))
     if missing:
         handles.append(Patch(facecolor="white", edgecolor="#bbbbbb", hatch="////", label="missing"))
@@ -72,7 +72,7 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color="#555555")
     return figure
 
-# %% ../nbs/13_figures.ipynb #1e9078ac
+# %% ../nbs/13_figures.ipynb #f02da43f
 def bars_masks(table: pd.DataFrame, view: str = "face", cells: pd.DataFrame | None = None) -> Figure:
     """Do masks help? For each loss, without against with masks.
 
@@ -103,20 +103,20 @@ def bars_ssim_with(table: pd.DataFrame, view: str = "face", cells: pd.DataFrame 
     wanted = {loss_key("ssim+l1"), loss_key("ssim+l2")}
     return _by_mask(table, view, cells, lambda terms: loss_key(terms) in wanted, "SSIM with l1 or l2?")
 
-# %% ../nbs/13_figures.ipynb #dd96a489
+# %% ../nbs/13_figures.ipynb #48cc6690
 @styled
 def mask_gain_plot(gains: pd.DataFrame) -> Figure:
     """Points and intervals of what masks change, a panel for each metric, a row for each loss, a marker for each view.
 
     gains: from `mask_gain`. To the right of zero the masked model is better.
     """
-    shown = [name for name in METRIC_STYLE if name in set(gains.metric)]
+    shown = [name for name in ERRORS if name in set(gains.metric)]
     if not shown:
         return notice("No loss has a finished run both without and with masks.")
     labels = list(dict.fromkeys(gains.label))
-    columns = 3
+    columns = 4 if len(shown) > 6 else 3
     rows = -(-len(shown) // columns)
-    figure = new_figure(9, 0.9 + rows * (0.7 + 0.36 * len(labels)))
+    figure = new_figure(9.6, 0.9 + rows * (0.7 + 0.36 * len(labels)))
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axis in axes[len(shown):]:
         axis.set_axis_off()
@@ -131,7 +131,7 @@ def mask_gain_plot(gains: pd.DataFrame) -> Figure:
         axis.set_title(METRIC_STYLE[name].label + (f" ({unit})" if unit else ""))
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
         axis.tick_params(axis="y", length=0)
     handles = [Line2D([], [], color=color, marker=marker, label=view) for view, (color, marker) in VIEW_STYLE.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=3)
@@ -140,7 +140,7 @@ def mask_gain_plot(gains: pd.DataFrame) -> Figure:
                      fontsize=8.5, color="#555555")
     return figure
 
-# %% ../nbs/13_figures.ipynb #3123638a
+# %% ../nbs/13_figures.ipynb #7144de96
 @styled
 def training_curves(curves: pd.DataFrame) -> Figure:
     """Validation objective and raw terms against steps: a row for each loss, a line for each run.
@@ -187,7 +187,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     figure.suptitle("Validation during training", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
 
-# %% ../nbs/13_figures.ipynb #d0b8ae8e
+# %% ../nbs/13_figures.ipynb #313a34f5
 @styled
 def visual_comparison(samples: dict, cells: pd.DataFrame) -> Figure:
     """Faces as each hypothesis draws them: for each face a block of rows, a column for each loss.

@@ -6,28 +6,29 @@
 __all__ = ['number', 'cell', 'head', 'left', 'results_table', 'all_tables', 'authors_table', 'gain_sentence', 'gains_section',
            'findings']
 
-# %% ../nbs/13_narrative.ipynb #c69fded3
+# %% ../nbs/13_narrative.ipynb #bc53ab34
 import numpy as np
 import pandas as pd
 
 from .analysis import AUTHORS_METRICS, ERRORS, METRIC_STYLE, beside_authors, mask_gain, over_seeds, results
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/13_narrative.ipynb #b6c7b827
+# %% ../nbs/13_narrative.ipynb #f64c49b8
 def number(value: float, digits: int) -> str:
     """A value as text, with a true minus sign; a dash when it is not finite."""
     return "–" if value is None or not np.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def cell(text, kind="", small="", span=None) -> dict:
-    """A cell of a page table. kind: its style, such as best. small: a smaller remark. span: columns."""
+def cell(text, kind="", small=(), span=None) -> dict:
+    """A cell of a page table. kind: its style, such as best. small: lines of smaller remarks. span: columns."""
     return {"text": text, "kind": kind, "small": small, "span": span}
 
 
 def head(name: str) -> str:
     """A metric as a column head, with its direction and unit."""
     style = METRIC_STYLE[name]
-    return f"{style.label} {style.arrow}" + (f" ({style.unit})" if style.unit else "")
+    label = style.label.replace("Colour ", "Colour\n")
+    return f"{label}{' ' if len(style.arrow) == 1 else chr(10)}{style.arrow}" + (f"\n({style.unit})" if style.unit else "")
 
 
 def left(row) -> list[dict]:
@@ -48,7 +49,7 @@ def results_table(sweep: Sweep, summary: pd.DataFrame, columns: list[tuple[str, 
             continue
         values = [cell("–") if value is None else cell(
             number(value.mean, METRIC_STYLE[value.metric].digits), "best" if value.best else "",
-            f"±{value.sd:.{METRIC_STYLE[value.metric].digits}f}" if np.isfinite(value.sd) and not groups else "") for value in values]
+            [f"±{value.sd:.{METRIC_STYLE[value.metric].digits}f}"] if np.isfinite(value.sd) and not groups else []) for value in values]
         rows.append(left(row) + values)
     edges = [3 + i for i in np.cumsum([0] + [span for _, span in groups][:-1])] if groups else [3]
     heads = ["Hypothesis", "Loss", "Masks"] + ([view for _, view in columns] if groups else [head(metric) for metric, _ in columns])
@@ -62,10 +63,10 @@ def all_tables(sweep: Sweep, summary: pd.DataFrame) -> dict[str, dict]:
         have = set(summary.metric[summary["view"] == view])
         shown = sweep if view != "predicted" else Sweep(**{**vars(sweep), "cells": sweep.cells[sweep.cells["mask"].astype(bool)]})
         tables[view] = results_table(shown, summary, [(name, view) for name in METRIC_STYLE if name in have], f"{view.capitalize()} view")
-    names = [name for name in ("l1", "l2", "ssim", "ms_ssim", "delta_e") if name in set(summary.metric)]
+    names = [name for name in ("l1", "l2", "ssim", "delta_e") if name in set(summary.metric)]
     views = ("face", "composite", "raw")
     tables["views"] = results_table(sweep, summary, [(name, view) for name in names for view in views],
-                                    "The same metrics on three views, means over images and seeds", [(head(name), 3) for name in names])
+                                    "The same metrics on three views, means over images and seeds", [(head(name).replace("\n", " "), 3) for name in names])
     return tables
 
 
@@ -81,8 +82,8 @@ def authors_table(sweep: Sweep, summary: pd.DataFrame) -> dict:
     return {"caption": "", "heads": ["Hypothesis", "Loss", "Masks"] + ["authors", "ours"] * len(groups), "left": 3, "rows": rows, "groups": groups,
             "edges": [3 + 2 * i for i in range(len(groups))]}
 
-# %% ../nbs/13_narrative.ipynb #9cbe64c2
-def gain_sentence(gain, unit: str = "test images") -> str:
+# %% ../nbs/13_narrative.ipynb #a7ac3d13
+def gain_sentence(gain) -> str:
     """One row of `mask_gain` in words: from, to, by how much, and its interval."""
     style = METRIC_STYLE[gain.metric]
     verb = "lowered" if gain.second < gain.first else "raised"
@@ -91,9 +92,9 @@ def gain_sentence(gain, unit: str = "test images") -> str:
         return f"{verb} {values} ({gain.verdict})"
     sign = 1 if style.better == "high" else -1
     low, high = sorted((sign * gain.low, sign * gain.high))
-    percent = lambda value: f"{value / abs(gain.first):+.1%}".replace("-", "−").replace("%", " %")
-    interval = "too few images for an interval" if not np.isfinite(low) else f"{percent(low)} to {percent(high)}"
-    return f"{verb} {values} ({percent(gain.difference)}; {interval})" + ("" if gain.verdict != "undecided" else ", undecided")
+    percent = lambda value: f"{100 * value / abs(gain.first):+.1f}".replace("-", "−")
+    interval = f"interval {percent(low)} to {percent(high)}" if np.isfinite(low) else "too few images for an interval"
+    return f"{verb} {values} ({percent(gain.difference)}\u00a0%, {interval})" + (", undecided" if gain.verdict == "undecided" else "")
 
 
 def gains_section(gains: pd.DataFrame, view: str = "face") -> dict | None:
@@ -102,8 +103,8 @@ def gains_section(gains: pd.DataFrame, view: str = "face") -> dict | None:
     if part.empty:
         return None
     several = part.seeds.max() > 1
-    note = (f"Masked against unmasked models on the same {int(part.images.max())} test images, {view} view. In brackets: the change, and a 95 % bootstrap "
-            "interval of it. The intervals resample images" + (
+    note = (f"Masked against unmasked models on the same {int(part.images.max())} test images, {view} view. In brackets: the change in percent of the "
+            "unmasked model, and its 95 % bootstrap interval. The intervals resample images" + (
                 "; an image's value is first averaged over seeds, so they do not cover how much another training run would differ. The range over seeds is in "
                 "the table." if several else ", and there is one seed: they cover other images, not the noise of training another model.")
             + " No correction for looking at many metrics at once.")
@@ -120,9 +121,9 @@ def gains_section(gains: pd.DataFrame, view: str = "face") -> dict | None:
                 cells.append(cell("–"))
                 continue
             gain, digits = group.loc[name], METRIC_STYLE[name].digits
-            spread = f"; seeds {number(gain.low_seed, digits)} to {number(gain.high_seed, digits)}" if several and gain.seeds > 1 else ""
+            spread = [f"seeds {number(gain.low_seed, digits)} to {number(gain.high_seed, digits)}"] if gain.seeds > 1 else []
             kind = gain.verdict if gain.verdict != "undecided" else ""
-            cells.append(cell(number(gain.improvement, digits), kind, f"[{number(gain.low, digits)}, {number(gain.high, digits)}]{spread}"))
+            cells.append(cell(number(gain.improvement, digits), kind, [f"[{number(gain.low, digits)}, {number(gain.high, digits)}]", *spread]))
         rows.append([cell(label)] + cells)
     table = {"caption": f"Improvement by masks, {view} view (positive: masks are better) with 95 % intervals over images; green: better, red: worse, plain: undecided",
              "heads": ["Loss"] + [METRIC_STYLE[name].label + (f" ({METRIC_STYLE[name].unit})" if METRIC_STYLE[name].unit else "") for name in names],
@@ -147,6 +148,6 @@ def findings(summary: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         leaders = wins[wins == wins.max()].index
         names = " and ".join(f"{name} ({best.terms[best.hypothesis == name].iloc[0]}, {'with' if best['mask'][best.hypothesis == name].iloc[0] else 'without'} masks)"
                              for name in leaders)
-        told.append(f"Best on most metrics of the face view: {names}, on {wins.max()} of {best.metric.nunique()}"
+        told.append(f"Most often best on the face view: {names}, on {wins.max()} of {best.metric.nunique()} metrics"
                     + (" each." if len(leaders) > 1 else "."))
     return told

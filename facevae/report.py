@@ -6,7 +6,7 @@
 __all__ = ['visual_samples', 'Plate', 'study_figures', 'facts', 'commands', 'render', 'write_results', 'write_figures',
            'write_report']
 
-# %% ../nbs/13_report.ipynb #94956867
+# %% ../nbs/13_report.ipynb #70ed5355
 import base64
 import json
 import platform
@@ -35,7 +35,7 @@ from .store import FaceStore
 from .style import notice, png, save
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/13_report.ipynb #f63a41a4
+# %% ../nbs/13_report.ipynb #ba28d15d
 @torch.no_grad()
 def visual_samples(sweep: Sweep, store=None, count: int = 3, rows=None, load: Callable = FaceVAE.from_pretrained) -> dict:
     """Test faces as each hypothesis draws them, for `facevae.figures.visual_comparison`.
@@ -68,7 +68,7 @@ def visual_samples(sweep: Sweep, store=None, count: int = 3, rows=None, load: Ca
         raise FaceVAEError("No finished run has a model that can be loaded.")
     return samples
 
-# %% ../nbs/13_report.ipynb #386b1a5d
+# %% ../nbs/13_report.ipynb #0a4e5e56
 @dataclass(frozen=True)
 class Plate:
     """A figure with its title and caption."""
@@ -104,7 +104,7 @@ def study_figures(sweep: Sweep, samples: dict | None = None, view: str = "face")
                                  training_curves(sweep.curves)),
     }
 
-# %% ../nbs/13_report.ipynb #85a7371d
+# %% ../nbs/13_report.ipynb #93e127e2
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """What was run, as (name, value) pairs; only what is known."""
     manifest, cells = sweep.manifest, sweep.cells
@@ -142,7 +142,7 @@ def commands(sweep: Sweep) -> str:
                  f"--seeds {','.join(map(str, manifest['seeds']))} --preset {shlex.quote(str(manifest.get('preset', 'quick')))}{settings}")
     return "\n".join([*lines, f"facevae report {shlex.quote(str(sweep.path))}"])
 
-# %% ../nbs/13_report.ipynb #b5e447d1
+# %% ../nbs/13_report.ipynb #20b27683
 def _trouble(cells):
     bad = cells[cells.state != "done"]
     if bad.empty:

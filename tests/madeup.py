@@ -108,6 +108,7 @@ def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict
                      for _ in range(count)])
     faces = rng.uniform(0.4, 0.9, (count, 1, 1, 3)) * (1 - 0.3 * grid[None, ..., :1])
     original = mask[..., None] * faces + (1 - mask[..., None]) * (0.5 + 0.4 * np.sin(9 * grid.sum(-1) * rng.uniform(0.5, 1, (count, 1, 1))))[..., None]
+    original = original.clip(0, 1)
     samples = {"original": original, "mask": mask, "recon": {}, "predicted": {}, "predicted_mask": {}}
     for row in cells[cells.state == "done"].drop_duplicates("hypothesis").itertuples():
         blur = np.clip(faces * mask[..., None] + 0.5 * (1 - mask[..., None]), 0, 1)
@@ -115,5 +116,5 @@ def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict
         if row.mask:
             soft = mask ** 0.8
             samples["predicted_mask"][row.hypothesis] = soft
-            samples["predicted"][row.hypothesis] = blur * soft[..., None] + original * (1 - soft[..., None])
+            samples["predicted"][row.hypothesis] = np.clip(blur * soft[..., None] + original * (1 - soft[..., None]), 0, 1)
     return samples
