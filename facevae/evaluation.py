@@ -33,7 +33,8 @@ def views(images: Tensor, recon: Tensor, mask: Tensor,
 
     images, recon: (B, 3, H, W) in [0, 1]. mask: (B, 1, H, W) in [0, 1], 1 for the face. mask_logits: (B, 1, H, W).
     """
-    found = {"raw": (recon, None), "composite": (composite(images, recon, mask), None), "face": (recon, mask)}
+    pasted = composite(images, recon, mask)
+    found = {"raw": (recon, None), "composite": (pasted, None), "face": (pasted, mask)}
     if mask_logits is not None:
         predicted = mask_logits.sigmoid()
         found["predicted"] = (composite(images, recon, predicted), None)

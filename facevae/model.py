@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'ModelConfig', 'Block', 'Upsample', 'FaceVAEOutput', 'FaceVAE', 'composite']
 
-# %% ../nbs/05_model.ipynb #afc4fa42
+# %% ../nbs/05_model.ipynb #c21da9e5
+import contextlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from .core import FaceVAEError
 
-# %% ../nbs/05_model.ipynb #4b2ec81e
+# %% ../nbs/05_model.ipynb #df07956a
 SIZES = (36, 72, 144, 288)
 
 
@@ -38,7 +39,7 @@ class ModelConfig(BaseModel):
     mask_decoder: bool = True
     sampling: Literal["gaussian", "original"] = "gaussian"
 
-# %% ../nbs/05_model.ipynb #0630c87c
+# %% ../nbs/05_model.ipynb #26b9fde3
 class Block(nn.Sequential):
     """Convolution 3x3 'same', batch normalisation, ELU: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
@@ -46,7 +47,7 @@ class Block(nn.Sequential):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
                          nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
 
-# %% ../nbs/05_model.ipynb #6ca9e28a
+# %% ../nbs/05_model.ipynb #7af32404
 class Upsample(nn.Sequential):
     """Transposed convolution 3x3 of stride 2, batch normalisation, ELU: side n -> 2n, or 2n + 1 uncropped.
 
@@ -65,7 +66,7 @@ class Upsample(nn.Sequential):
             outputs = outputs[..., :-1, :-1]
         return activation(norm(outputs))
 
-# %% ../nbs/05_model.ipynb #8ca2b313
+# %% ../nbs/05_model.ipynb #3e32cc4c
 def _outer(stages: list, size: int, repeat) -> list:
     """The stages between `size` and the 9 x 9 grid, outermost first; sizes above 144 repeat the outermost."""
     count = SIZES.index(size) + 2
@@ -101,7 +102,7 @@ def _decoder(config: ModelConfig, out_channels: int, slim: int | None = None) ->
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
 
-# %% ../nbs/05_model.ipynb #c77d1f64
+# %% ../nbs/05_model.ipynb #c758110f
 class FaceVAEOutput(NamedTuple):
     """What a FaceVAE gives for a batch of B pictures."""
     recon: torch.Tensor  # (B, 3, H, W) in [0, 1], the image decoder's whole frame
@@ -183,7 +184,8 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin, library_name="facevae", license="
             raise FaceVAEError(f"There is no directory '{path}'. Give the model/ folder of a finished run, or a hub "
                                "id of the form owner/name.")
         try:
-            return super().from_pretrained(path, **kwargs)
+            with contextlib.redirect_stdout(None):  # huggingface_hub prints a line for every local folder
+                return super().from_pretrained(path, **kwargs)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
             raise FaceVAEError(f"'{path}' holds a config.json that is not a FaceVAE's ({problems}). "
@@ -199,7 +201,7 @@ def _keras_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
-# %% ../nbs/05_model.ipynb #1d20b504
+# %% ../nbs/05_model.ipynb #b23c3cea
 def composite(images: torch.Tensor, recon: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The reconstruction where the mask is 1, the original where it is 0.
 
