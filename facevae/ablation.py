@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['settings_text', 'Cell', 'default_workers', 'worker_environment', 'plan', 'run_sweep', 'report']
 
-# %% ../nbs/11_ablation.ipynb #621b4e45
+# %% ../nbs/11_ablation.ipynb #108ed9ae
 import json
 import os
 import queue
@@ -25,7 +25,7 @@ from .notebooks import finish, start
 from .run import RunDirectory, read_json, record_differences, run_record
 from .store import FaceStore
 
-# %% ../nbs/11_ablation.ipynb #8ce27ab0
+# %% ../nbs/11_ablation.ipynb #1c445b2c
 def settings_text(overrides: dict[str, Any]) -> str:
     """Overrides as the text that the train notebook takes: "steps=200 width=0.5"."""
     return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in overrides.items())
@@ -51,7 +51,10 @@ class Cell:
 
     def execute(self, data: str | Path, environment: dict[str, str] | None = None, poll=lambda: None) -> str | None:
         """Run the train notebook for this cell; returns its error, or None. The run's status says the same."""
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"'{self.run.path}' cannot be made a directory ({error.strerror}). Remove what is in its way, or choose another --out."
         parameters = {"hypothesis": self.config.hypothesis, "data": str(data), "out": str(self.run.path),
                       "preset": self.config.preset, "seed": self.config.seed, "settings": settings_text(self.overrides)}
         process = start("train", self.run.path / "train.ipynb", parameters, environment)
@@ -66,7 +69,7 @@ class Cell:
             self.run.update(state="failed", error=error)
         return error
 
-# %% ../nbs/11_ablation.ipynb #cc64b97e
+# %% ../nbs/11_ablation.ipynb #99dffa8f
 def default_workers() -> int:
     """How many runs at a time this machine does best: one a GPU, or two on a processor with two cores or more."""
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)

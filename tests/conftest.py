@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+
+# A shell that starts the tests in the background lets them, and every process they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small enough that a run takes seconds, and still every stage of the real thing.
 TINY = ["--set", "steps=8", "--set", "width=0.1", "--set", "latent_dim=8", "--set", "batch_size=8", "--set", "log_every=1",
