@@ -6,19 +6,19 @@
 __all__ = ['KINDS', 'noises', 'mix', 'edges', 'gradient', 'clouds', 'stripes', 'checks', 'bokeh', 'clutter', 'leaves', 'bricks',
            'shelves', 'dots', 'draw_background']
 
-# %% ../nbs/01_drawn_background.ipynb #649cf03f
+# %% ../nbs/01_drawn_background.ipynb #4e6b0e54
 import torch
 
 from .canvas import Canvas, step, value_noise, wave
 from .character import NOISE, Traits
 
-# %% ../nbs/01_drawn_background.ipynb #ac865fa6
+# %% ../nbs/01_drawn_background.ipynb #bcc131ee
 def noises(traits: Traits, size: int) -> dict[int, torch.Tensor]:
     """Smooth noise in [0, 1] at four scales: {cells across: (B, size, size)}."""
     table = traits.noise.reshape(len(traits), NOISE, NOISE)
     return {cells: value_noise(table[:, -cells - 1:, :cells + 1], size) for cells in (3, 7, 15, 31)}
 
-# %% ../nbs/01_drawn_background.ipynb #2c63677b
+# %% ../nbs/01_drawn_background.ipynb #01744675
 def mix(first, second, part):
     """From one colour (b, 3, 1, 1) or picture to another by a part (b, h, w)."""
     return (second - first) * part[:, None] + first
@@ -133,17 +133,16 @@ def dots(t, x, y, noise, size):
 
 KINDS = (gradient, clouds, stripes, checks, bokeh, clutter, leaves, bricks, shelves, dots)
 
-# %% ../nbs/01_drawn_background.ipynb #cface3e1
+# %% ../nbs/01_drawn_background.ipynb #2771489b
 def draw_background(canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
     """Fill a canvas. traits: the batch's parameters. noise: what `noises` gives."""
     size, device = canvas.size, canvas.image.device
-    place = (torch.arange(size, device=device) + 0.5) / canvas.side - 0.5
-    x, y = place[None, None, :], place[None, :, None]
+    x, y = canvas.x - 0.5, canvas.y - 0.5
     kinds = traits.back.flatten().long().tolist()
     for number, kind in enumerate(KINDS):
         chosen = [face for face, its in enumerate(kinds) if its == number]
         if chosen:
             faces = torch.tensor(chosen, device=device)
-            part = {cells: values[faces] for cells, values in noise.items()}
-            canvas.image[faces] = kind(traits[faces], x, y, part, size)
+            part = {cells: values.index_select(0, faces) for cells, values in noise.items()}
+            canvas.image.index_copy_(0, faces, kind(traits[faces], x, y, part, size))
     canvas.image *= (0.72 + 0.5 * noise[3])[:, None]

@@ -5,81 +5,73 @@
 # %% auto #0
 __all__ = ['Hair']
 
-# %% ../nbs/01_drawn_hair.ipynb #6ad17ba7
+# %% ../nbs/01_drawn_hair.ipynb #512963e8
 import torch
 
-from .canvas import Canvas, egg, ellipse, step, wave
+from .canvas import Canvas, away_unless, egg, ellipse, near, ridge, step, wave
 from .character import Traits
 from .drawn_face import diffuse
 
-# %% ../nbs/01_drawn_hair.ipynb #f527790d
+# %% ../nbs/01_drawn_hair.ipynb #0389be34
 class Hair:
-    """The heads of hair of a batch: `draw_back` before the body is drawn, `draw_front` after the face."""
+    """The hair of a batch: `draw_back` before the body is drawn, `draw_front` after the face.
+
+    traits, noise: of all faces of the canvas.
+    """
 
     def __init__(self, canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
-        """Lay out the mass of hair and its colour. traits, noise: of all faces of the canvas."""
-        t = traits
-        haired = (t.style.flatten() > 0).nonzero().flatten()
-        self.canvas, self.faces = canvas, haired
-        if len(haired) == 0:
-            return
-        t = self.traits = traits[haired]
-        w = self.window = canvas.window(faces=haired, width=1.0, height=1.0)
-        noise = {cells: values[haired] for cells, values in noise.items()}
-        u, v = w.u, w.v
-        sway = (step(wave(v * 0.75 + t.back_u)) - 0.5) * t.waviness * 0.16
-        bumps = (noise[15] - 0.5) * 0.34 + (noise[31] - 0.5) * 0.20
-        wide = 1 + t.flare * (v + 0.2).clamp(0, 2)
-        moved = (u + torch.where(u > 0, sway, -sway) * (v > -0.6)) / wide
-        across = t.across + 0.035 + t.volume
+        t, w = traits, canvas.window()
+        self.traits, self.window = t, w
+        u, v, haired = w.u, w.v, (t.style > 0).float()
+        self.sway = (step(wave(v * 0.75 + t.back_u)) - 0.5) * t.waviness
+        moved = u + self.sway * 0.16 * step(v * 4 + 3) * (w.right * 2.0 - 1)
+        moved /= (v + 0.2).clamp_(0, 2) * t.flare + 1
         long = (t.length > 1.0).float()
-        mass, x, y = egg(moved, v + 0.22, across, t.skull - 0.22 + 0.03 + t.rise, t.length + 0.22, 0.85 * long)
-        mass = mass - bumps * (t.curl * 0.75 + 0.10 * (t.style > 1))
+        mass, x, y = egg(moved, v + 0.22, t.across + 0.035 + t.volume, t.skull - 0.19 + t.rise, t.length + 0.22, 0.85 * long)
+        bumps = (noise[15] - 0.5) * 0.34 + (noise[31] - 0.5) * 0.20
+        mass -= bumps * (t.curl * 0.75 + 0.10 * (t.style > 1))
         knot = ellipse(u - 0.06, v + t.skull + 0.30, 0.40, 0.36)
-        self.mass = torch.where(t.top > 0, torch.minimum(mass, knot), mass)
-        # Strands and light.
+        self.mass = away_unless(torch.minimum(mass, away_unless(knot, t.top)), haired)
+        self.colour = self.strands(noise, x, y, knot)
+
+    def strands(self, noise, x, y, knot):
+        """The colour of the hair, (B, 3, size, size). x, y: place in the mass of hair, in radii. knot: distance to a bun."""
+        t, size = self.traits, self.window.canvas.size
         fall = y.clamp(max=0)
-        strand = (x - t.part * fall * 0.6) / (1.10 - fall * fall).clamp_(min=0.08).sqrt_()
+        strand = (x - t.part * 0.6 * fall) / (1.10 - fall * fall).clamp_(min=0.08).sqrt_()
         often = t.strands * (1 - 0.5 * t.curl)
-        fine = (1.6 / (often * 7 / canvas.size * 3.5)).clamp(max=1)
-        lines = wave(strand * often * 0.5 + noise[3] * 1.2) * 0.40 + wave(strand * often * 1.3 + noise[7] * 1.0) * 0.34 * fine
-        lines = lines + noise[31] * 0.26
-        curls = (noise[31] * 0.65 + noise[15] * 0.55 - 0.1).clamp(0, 1)
-        lines = lines + (curls - lines) * (t.curl * 0.8)
+        # Strands finer than two pixels would only flicker.
+        fine = (size / (often * 15)).clamp(max=1)
+        lines = wave(strand * (often * 0.42) + noise[3] * 2.2) * 0.30
+        lines += wave(strand * (often * 0.93) + noise[7] * 1.6 + 0.3) * 0.24
+        lines += wave(strand * (often * 2.1) + noise[15] * 0.9) * (0.20 * fine) + noise[31] * 0.26
+        curls = (noise[31] * 0.65 + noise[15] * 0.55 - 0.1).clamp_(0, 1)
+        lines += (curls - lines) * (t.curl * 0.8)
         facing = diffuse(t, x.clamp(-1, 1) * 0.9, y.clamp(-1, 0.3))
-        band = (y + 0.52 + 0.10 * (lines - 0.5) - 0.10 * t.light_v) / 0.26
-        gloss = (1 - band * band).clamp_(min=0) * (0.25 + lines) * (facing - 0.1).clamp(min=0)
-        light = 0.70 + 0.75 * (lines - 0.5) - t.contrast * 0.75 * (0.75 - facing)
-        light = light
-        light -= 0.16 * step(1 + knot.abs() * -16) * (t.top > 0)
-        self.colour = t.hair * (light.clamp_(min=0.16))[:, None] + (gloss * (t.shine * 0.9 + 0.06))[:, None] * (0.25 + t.hair)
+        gloss = ridge(y + 0.52 + 0.14 * (lines - 0.5) - 0.10 * t.light_v, 0.30) * (lines + 0.2) * (facing - 0.1).clamp_(min=0)
+        light = lines * 0.62 + facing * (t.contrast * 0.75) + (0.40 - t.contrast * 0.56)
+        light -= ridge(knot, 0.07) * (0.2 * t.top)
+        return t.hair * light.clamp_(min=0.16)[:, None] + (t.hair + 0.22) * (gloss * (t.shine * 0.9 + 0.08))[:, None]
 
     def draw_back(self):
         """Paint what hangs behind the head and shoulders."""
-        if len(self.faces) == 0:
-            return
         w = self.window
-        dim = 0.72 - 0.22 * step((w.v - 0.2) * 1.2) * step((1.05 - w.u.abs()) * 3)
+        dim = 0.74 - 0.24 * step((w.v - 0.2) * 1.2) * step((1.05 - w.u.abs()) * 3)
         w.paint(w.cover(self.mass), self.colour * dim[:, None], "hair")
-        w.close()
 
     def draw_front(self):
         """Paint what frames and covers the face."""
-        if len(self.faces) == 0:
-            return
-        t, canvas = self.traits, self.canvas
-        w = self.window = canvas.window(faces=self.faces, width=1.0, height=1.0)
+        t, w = self.traits, self.window
         u, v = w.u, w.v
-        apart = u - t.part
-        jag = (wave(u * 4.3 + t.back_u) * 0.6 + wave(u * 9.1 + t.back_v) * 0.4 - 0.5) * t.fringe * 1.6
-        line = t.line + t.bow * u * u + 0.45 * (u * u) * (u * u) + t.peak * ((apart * apart + 0.004).sqrt_() - 0.06) + jag
-        steep = (1 + (2 * t.bow * u + t.peak) ** 2).sqrt_()
-        brow = (v - line) / steep
-        sway = (step(wave(v * 0.75 + t.back_u)) - 0.5) * t.waviness * 0.10
-        lock = torch.maximum(t.lock + sway + 0.10 * (v - 0.2) * (v - 0.2) * (t.length > 1.0) - u.abs(), (v - t.front) * 0.8)
-        front = torch.maximum(self.mass, torch.minimum(brow, lock))
-        near = step(1 - (front - 0.0).clamp(min=0) * 7.5) * w.labelled("skin", "l_brow", "r_brow", "neck", "l_ear", "r_ear")
-        w.shade(1 - near * (0.20 + 0.25 * t.contrast))
-        edge = step(1 + torch.minimum(brow, lock) * 9)  # hair is darker where it grows from
-        w.paint(w.cover(front), self.colour * (1 - 0.22 * edge)[:, None], "hair")
-        w.close()
+        square, apart = u * u, u - t.part
+        jag = (wave(u * 4.3 + t.back_u) * 0.6 + wave(u * 9.1 + t.back_v) * 0.4 - 0.5) * (t.fringe * 1.6)
+        line = square * t.bow + square * square * 0.45 + ((apart * apart + 0.004).sqrt_() - 0.06) * t.peak + jag + t.line
+        steep = (2 * t.bow * u + t.peak) ** 2
+        brow = (v - line) / (steep + 1).sqrt_()
+        lower = v - 0.2
+        lock = self.sway * 0.10 + lower * lower * (0.10 * (t.length > 1.0)) + t.lock - u.abs()
+        edge = torch.minimum(brow, torch.maximum(lock, (v - t.front) * 0.8))
+        front = torch.maximum(self.mass, edge)
+        w.shade(1 - near(front, 0.14) * w.between("skin", "neck") * (0.20 + 0.25 * t.contrast))
+        rooted = step(1 + edge * 9)  # hair is darker where it grows from
+        w.paint(w.cover(front), self.colour * (1 - 0.22 * rooted)[:, None], "hair")
