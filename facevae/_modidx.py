@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'facevae.checkpoint': { 'facevae.checkpoint._flatten': ('checkpoint.html#_flatten', 'facevae/checkpoint.py'),
                                     'facevae.checkpoint._packed': ('checkpoint.html#_packed', 'facevae/checkpoint.py'),
                                     'facevae.checkpoint._restore': ('checkpoint.html#_restore', 'facevae/checkpoint.py'),
+                                    'facevae.checkpoint._save': ('checkpoint.html#_save', 'facevae/checkpoint.py'),
                                     'facevae.checkpoint.load_checkpoint': ('checkpoint.html#load_checkpoint', 'facevae/checkpoint.py'),
                                     'facevae.checkpoint.save_checkpoint': ('checkpoint.html#save_checkpoint', 'facevae/checkpoint.py'),
                                     'facevae.checkpoint.save_weights': ('checkpoint.html#save_weights', 'facevae/checkpoint.py')},
@@ -415,6 +416,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'facevae.training.Trainer.validate': ('training.html#trainer.validate', 'facevae/training.py'),
                                   'facevae.training._threads': ('training.html#_threads', 'facevae/training.py'),
                                   'facevae.training.clip_each': ('training.html#clip_each', 'facevae/training.py'),
+                                  'facevae.training.device_name': ('training.html#device_name', 'facevae/training.py'),
                                   'facevae.training.learning_rate': ('training.html#learning_rate', 'facevae/training.py'),
                                   'facevae.training.step_noise': ('training.html#step_noise', 'facevae/training.py'),
                                   'facevae.training.train': ('training.html#train', 'facevae/training.py')}}}

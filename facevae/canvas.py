@@ -6,7 +6,7 @@
 __all__ = ['ASPECT', 'Placement', 'Window', 'Canvas', 'contact_sheet', 'egg', 'ellipse', 'box', 'away_unless', 'pick', 'blob',
            'ridge', 'near', 'wave', 'step', 'warm', 'value_noise']
 
-# %% ../nbs/01_canvas.ipynb #64ce93ec
+# %% ../nbs/01_canvas.ipynb #e2a22b3c
 import io
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from .labels import CLASSES
 
-# %% ../nbs/01_canvas.ipynb #97143e65
+# %% ../nbs/01_canvas.ipynb #5c5f89fa
 ASPECT = 218 / 178  # a frame's height in units of its width, before it is squashed to a square
 
 
@@ -42,7 +42,7 @@ class Placement(NamedTuple):
         across, down = (x - self.column) / self.unit, (y - self.row) * ASPECT / self.unit
         return across * self.cosine + down * self.sine, down * self.cosine - across * self.sine
 
-# %% ../nbs/01_canvas.ipynb #1bf9738f
+# %% ../nbs/01_canvas.ipynb #71a0a1f0
 class Window:
     """A rectangle of some of a canvas's pictures, painted on as a batch.
 
@@ -141,7 +141,7 @@ def contact_sheet(pictures: torch.Tensor, columns: int, quality: int = 85) -> by
     Image.fromarray(sheet.reshape(rows * high, columns * wide, 3).numpy()).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
-# %% ../nbs/01_canvas.ipynb #6e6bcb3a
+# %% ../nbs/01_canvas.ipynb #9c6cc433
 def egg(u, v, across, above, below, square=None):
     """Signed distance to an ellipse of half-width `across` that reaches `above` up and `below` down.
 
@@ -188,7 +188,7 @@ def pick(wanted, first, second):
     """`first` for the faces where wanted (b, 1, 1) is 1, `second` where it is 0: cheaper than `torch.where`."""
     return (first - second) * wanted + second
 
-# %% ../nbs/01_canvas.ipynb #e17a62de
+# %% ../nbs/01_canvas.ipynb #eea187bc
 def blob(u, v, across, down):
     """A soft spot: 1 in the middle, falling smoothly to 0 on an ellipse with the given radii."""
     x, y = u / across, v / down
@@ -226,12 +226,16 @@ def warm(light):
 
 
 def value_noise(grid: torch.Tensor, size: int) -> torch.Tensor:
-    """Smooth noise: random values on a grid, interpolated. grid: (B, g, g). Returns (B, size, size)."""
-    cells = grid.shape[-1] - 1
+    """Smooth noise: random values on a grid, blended by a quadratic B-spline.
+
+    grid: (B, g, g). Returns (B, size, size); g - 2 cells across. The spread lost in blending is put back.
+    """
+    cells = grid.shape[-1] - 2
     where = (torch.arange(size, device=grid.device) * 2 + 1) * cells
     low = where // (2 * size)
-    part = step((where - low * (2 * size)).float() / torch.tensor(2.0 * size, device=grid.device))
-    left, right = grid.index_select(2, low), grid.index_select(2, low + 1)  # (B, g, size)
-    rows = left + (right - left) * part
-    top, bottom = rows.index_select(1, low), rows.index_select(1, low + 1)  # (B, size, size)
-    return bottom.sub_(top).mul_(part[:, None]).add_(top)
+    part = (where - low * (2 * size)).float() / torch.tensor(2.0 * size, device=grid.device)
+    weights = (1 - part) * (1 - part) * 0.5, 0.75 - (part - 0.5) * (part - 0.5), part * part * 0.5
+    grid = (grid - 0.5) * 1.7 + 0.5
+    rows = sum(grid.index_select(2, low + tap) * weight for tap, weight in enumerate(weights))  # (B, g, size)
+    first, second, third = (rows.index_select(1, low + tap).mul_(weight[:, None]) for tap, weight in enumerate(weights))
+    return first.add_(second).add_(third)

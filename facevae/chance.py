@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Draws', 'ramp', 'vivid']
 
-# %% ../nbs/01_chance.ipynb #6b2bd1d9
+# %% ../nbs/01_chance.ipynb #a26753ce
 from collections.abc import Sequence
 
 import numpy as np
 
-# %% ../nbs/01_chance.ipynb #e48638e5
+# %% ../nbs/01_chance.ipynb #a2150687
 class Draws:
     """Columns of random numbers for a batch of faces; each call uses up the next column or columns.
 
@@ -47,7 +47,7 @@ class Draws:
         self.used += columns
         return self.numbers[:, self.used - columns:self.used]
 
-# %% ../nbs/01_chance.ipynb #a8c97752
+# %% ../nbs/01_chance.ipynb #ed92c1b9
 def ramp(colours: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Colours (B, 3) at places in [0, 1] along a list of colours (k, 3)."""
     where = np.clip(where, 0, 1) * (len(colours) - 1)

@@ -6,7 +6,7 @@
 __all__ = ['SKINS', 'HAIRS', 'IRISES', 'STYLES', 'SHAPE', 'STYLE', 'LONG', 'WEIGHTS', 'NOISE', 'FEATURES', 'ATTRIBUTES', 'hair',
            'sample_characters', 'Traits', 'attributes']
 
-# %% ../nbs/01_character.ipynb #924124fe
+# %% ../nbs/01_character.ipynb #043ba119
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from .chance import Draws, ramp, vivid
 from .core import FaceVAEError
 
-# %% ../nbs/01_character.ipynb #510a807c
+# %% ../nbs/01_character.ipynb #1cda3995
 SKINS = np.array([(250, 222, 206), (240, 202, 176), (226, 178, 144), (200, 146, 108),
                   (160, 108, 76), (116, 74, 52), (84, 54, 42)]) / 255
 HAIRS = {"black": (30, 26, 28), "dark brown": (58, 40, 31), "brown": (100, 66, 44), "auburn": (128, 66, 40),
@@ -24,7 +24,7 @@ HAIRS = {"black": (30, 26, 28), "dark brown": (58, 40, 31), "brown": (100, 66, 4
          "white": (214, 212, 210)}
 IRISES = np.array([(74, 46, 30), (104, 66, 38), (120, 102, 54), (78, 112, 74), (82, 124, 160), (112, 128, 140)]) / 255
 
-# %% ../nbs/01_character.ipynb #6ebf2edb
+# %% ../nbs/01_character.ipynb #f535954a
 STYLES = ("bald", "shaved", "short", "receding", "side part", "quiff", "bowl", "curly", "bob", "long", "wavy", "curtains", "bun")
 SHAPE = ("volume", "rise", "length", "flare", "lock", "front", "line", "bow", "peak", "fringe", "waviness", "curl", "top")
 #                volume rise length flare lock front  line   bow  peak fringe wavy curl top
@@ -75,7 +75,7 @@ def hair(draws: Draws, manly: np.ndarray, age: np.ndarray, tone: np.ndarray) -> 
     values["strands"] = draws.uniform(9, 15)
     return values | {"style": style, "bangs": bangs, "hair_name": colour}
 
-# %% ../nbs/01_character.ipynb #b6f0c1b3
+# %% ../nbs/01_character.ipynb #e8bbbf6b
 NOISE = 33  # side of the table of noise values that textures are cut from
 FEATURES = 256  # random numbers set aside for everything else
 
@@ -162,13 +162,13 @@ def sample_characters(indices: Sequence[int], seed: int = 0) -> dict[str, np.nda
     # What is behind.
     for number in range(4):
         p[f"back{number}"] = vivid(draws, uniform(0, 0.85) * uniform(0.5, 1.0), uniform(0.08, 1.0))
-    p |= {"back": draws.choice(np.array([10, 14, 13, 12, 13, 13, 13, 12.0])).astype(float),
+    p |= {"back": draws.choice(np.array([10, 12, 10, 10, 11, 11, 10, 10, 8, 8.0])).astype(float),
           "back_u": bell(0, 1), "back_v": bell(0, 1), "back_scale": uniform(), "back_warp": uniform(), "back_turn": bell(0, 0.5)}
     p["spots"] = draws.table(12 * 4).reshape(len(tone), 12, 4)
     p["noise"] = draws.table(NOISE * NOISE).reshape(len(tone), NOISE, NOISE)
     return p
 
-# %% ../nbs/01_character.ipynb #7af2ee4f
+# %% ../nbs/01_character.ipynb #bb9e443a
 class Traits:
     """Parameters as tensors: `traits.smile` is (B, 1, 1), `traits.skin` (B, 3, 1, 1); `traits[faces]` a part of them.
 
@@ -197,7 +197,7 @@ class Traits:
     def __len__(self) -> int:
         return len(self._table)
 
-# %% ../nbs/01_character.ipynb #51234f5d
+# %% ../nbs/01_character.ipynb #1b0e5f2c
 ATTRIBUTES = ("5_o_Clock_Shadow", "Arched_Eyebrows", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose", "Black_Hair",
               "Blond_Hair", "Brown_Hair", "Bushy_Eyebrows", "Eyeglasses", "Goatee", "Gray_Hair", "Heavy_Makeup",
               "Mouth_Slightly_Open", "Mustache", "Narrow_Eyes", "No_Beard", "Oval_Face", "Pale_Skin", "Receding_Hairline",

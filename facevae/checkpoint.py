@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['KEEP', 'save_checkpoint', 'save_weights', 'load_checkpoint']
 
-# %% ../nbs/09_checkpoint.ipynb #d03a0ce5
+# %% ../nbs/09_checkpoint.ipynb #61bb3df9
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
 
 from .core import FaceVAEError, atomic_file, file_digest, write_text
 
-# %% ../nbs/09_checkpoint.ipynb #97f7ed9e
+# %% ../nbs/09_checkpoint.ipynb #008d1551
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Model and optimiser state as one dictionary of tensors."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -48,8 +49,18 @@ def _restore(tensors: dict[str, torch.Tensor], model: nn.Module, optimizer: torc
                 values[key] = torch.empty_like(parameters[index], requires_grad=False).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/09_checkpoint.ipynb #6a7c7533
+# %% ../nbs/09_checkpoint.ipynb #5ff1eca0
 KEEP = 2
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors atomically; a full disk becomes a FaceVAEError and leaves what was there."""
+    try:
+        with atomic_file(path) as partial:
+            save_file(tensors, partial)
+    except (OSError, SafetensorError) as error:
+        raise FaceVAEError(f"The checkpoint '{path}' could not be written ({error}). Free some space on the device and "
+                           "start the run again: it goes on from its last whole checkpoint.") from error
 
 
 def save_checkpoint(folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
@@ -61,13 +72,8 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, optimizer: 
     """
     folder = Path(folder)
     path = folder / f"step-{step:08d}.safetensors"
-    try:
-        with atomic_file(path) as partial:
-            save_file(_flatten(model, optimizer), partial)
-        write_text(path.with_suffix(".json"), json.dumps({**numbers, "step": step, "sha256": file_digest(path)}))
-    except (OSError, RuntimeError) as error:
-        raise FaceVAEError(f"The checkpoint '{path}' could not be written ({error}). Free some space on the device and "
-                           "start the run again: it goes on from its last whole checkpoint.") from error
+    _save(path, _flatten(model, optimizer))
+    write_text(path.with_suffix(".json"), json.dumps({**numbers, "step": step, "sha256": file_digest(path)}))
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
@@ -75,9 +81,8 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, optimizer: 
 
 
 def save_weights(path: str | Path, model: nn.Module) -> None:
-    """Save a model's weights alone, atomically."""
-    with atomic_file(path) as partial:
-        save_file(_packed(model.state_dict()), partial)
+    """Save a model's weights alone. Raises FaceVAEError when the disk is full."""
+    _save(Path(path), _packed(model.state_dict()))
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

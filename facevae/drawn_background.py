@@ -6,19 +6,19 @@
 __all__ = ['KINDS', 'noises', 'mix', 'edges', 'gradient', 'clouds', 'stripes', 'checks', 'bokeh', 'clutter', 'leaves', 'bricks',
            'shelves', 'dots', 'draw_background']
 
-# %% ../nbs/01_drawn_background.ipynb #4e6b0e54
+# %% ../nbs/01_drawn_background.ipynb #c3512c41
 import torch
 
 from .canvas import Canvas, step, value_noise, wave
 from .character import NOISE, Traits
 
-# %% ../nbs/01_drawn_background.ipynb #bcc131ee
+# %% ../nbs/01_drawn_background.ipynb #a0b51261
 def noises(traits: Traits, size: int) -> dict[int, torch.Tensor]:
-    """Smooth noise in [0, 1] at four scales: {cells across: (B, size, size)}."""
+    """Smooth noise around 0.5 at four scales: {cells across: (B, size, size)}."""
     table = traits.noise.reshape(len(traits), NOISE, NOISE)
-    return {cells: value_noise(table[:, -cells - 1:, :cells + 1], size) for cells in (3, 7, 15, 31)}
+    return {cells: value_noise(table[:, -cells - 2:, :cells + 2], size) for cells in (3, 7, 15, 31)}
 
-# %% ../nbs/01_drawn_background.ipynb #01744675
+# %% ../nbs/01_drawn_background.ipynb #b925554f
 def mix(first, second, part):
     """From one colour (b, 3, 1, 1) or picture to another by a part (b, h, w)."""
     return (second - first) * part[:, None] + first
@@ -133,7 +133,7 @@ def dots(t, x, y, noise, size):
 
 KINDS = (gradient, clouds, stripes, checks, bokeh, clutter, leaves, bricks, shelves, dots)
 
-# %% ../nbs/01_drawn_background.ipynb #2771489b
+# %% ../nbs/01_drawn_background.ipynb #45db3469
 def draw_background(canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
     """Fill a canvas. traits: the batch's parameters. noise: what `noises` gives."""
     size, device = canvas.size, canvas.image.device

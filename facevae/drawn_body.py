@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['collar', 'pattern', 'draw_body', 'draw_cloth', 'draw_necklace']
 
-# %% ../nbs/01_drawn_body.ipynb #86c7273c
+# %% ../nbs/01_drawn_body.ipynb #104d15bc
 import torch
 
 from .canvas import Canvas, away_unless, blob, egg, ellipse, near, pick, ridge, step, warm, wave
 from .character import Traits
 
-# %% ../nbs/01_drawn_body.ipynb #7ae1b186
+# %% ../nbs/01_drawn_body.ipynb #76530589
 def collar(t: Traits, u, v):
     """Signed distance to the opening of the collar: round, V, shirt, turtleneck or wide."""
     deep, wide = t.neckline, (t.collar == 4).float()
@@ -30,7 +30,7 @@ def pattern(t: Traits, u, v, pixel):
     down = ((down - 0.5) / (2 * often_v * pixel) + 0.5).clamp_(0, 1) * ((kind == 2) + 0.5 * (kind == 3))
     return across + down + dot * (kind == 4)
 
-# %% ../nbs/01_drawn_body.ipynb #b542241e
+# %% ../nbs/01_drawn_body.ipynb #1fa783ec
 def draw_body(canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
     """Paint neck, clothes and necklace below every head."""
     t, w = traits, canvas.window(top=0.60)

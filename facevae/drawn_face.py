@@ -6,13 +6,13 @@
 __all__ = ['diffuse', 'draw_head', 'relief', 'draw_beard', 'draw_eyes', 'draw_iris', 'draw_brows', 'draw_nose', 'draw_mouth',
            'inside']
 
-# %% ../nbs/01_drawn_face.ipynb #dae02bab
+# %% ../nbs/01_drawn_face.ipynb #330cb9dd
 import torch
 
 from .canvas import Canvas, Window, blob, egg, ellipse, ridge, step, warm, wave
 from .character import Traits
 
-# %% ../nbs/01_drawn_face.ipynb #53aecfa4
+# %% ../nbs/01_drawn_face.ipynb #ac36d853
 def diffuse(t: Traits, x, y):
     """Cosine between the light and the normal of an ellipsoid at x, y (in radii), (b, h, w)."""
     depth = (x * x).add_(y * y).neg_().add_(1.06).clamp_(min=0).sqrt_()
@@ -72,7 +72,7 @@ def draw_beard(t: Traits, picture, u, v, away, texture, light):
     colour = t.hair * (light * (texture * 0.4 + 0.45) + 0.22)[:, None]
     picture += (colour - picture) * part[:, None]
 
-# %% ../nbs/01_drawn_face.ipynb #f5f5736c
+# %% ../nbs/01_drawn_face.ipynb #5003c3eb
 def draw_eyes(canvas: Canvas, traits: Traits):
     """Paint eyes and brows of every face."""
     t, w = traits, canvas.window(0.21, 0.29, 0.79, 0.57)
@@ -126,7 +126,7 @@ def draw_brows(t: Traits, w: Window, u):
     cover = w.cover(height.abs() - thick + (thick < 0.001) * 0.5) * 0.94
     w.paint(cover, (t.hair * 0.55 + t.skin * 0.06) * hairs[:, None], "brow")
 
-# %% ../nbs/01_drawn_face.ipynb #2a021409
+# %% ../nbs/01_drawn_face.ipynb #4bc45af3
 def draw_nose(canvas: Canvas, traits: Traits):
     """Paint the nose of every face."""
     t, w = traits, canvas.window(0.31, 0.39, 0.69, 0.72)
@@ -152,7 +152,7 @@ def draw_nose(canvas: Canvas, traits: Traits):
     w.paint(w.cover(hole) * 0.74, t.skin * torch.tensor([0.32, 0.20, 0.18], device=u.device).reshape(3, 1, 1))
     w.mark(torch.minimum(wings, back) <= 0, "nose")
 
-# %% ../nbs/01_drawn_face.ipynb #88f62292
+# %% ../nbs/01_drawn_face.ipynb #90150cea
 def draw_mouth(canvas: Canvas, traits: Traits):
     """Paint lips, and teeth and tongue where the mouth is open."""
     t, w = traits, canvas.window(0.26, 0.59, 0.74, 0.84)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Hair']
 
-# %% ../nbs/01_drawn_hair.ipynb #512963e8
+# %% ../nbs/01_drawn_hair.ipynb #8feab339
 import torch
 
 from .canvas import Canvas, away_unless, egg, ellipse, near, ridge, step, wave
 from .character import Traits
 from .drawn_face import diffuse
 
-# %% ../nbs/01_drawn_hair.ipynb #0389be34
+# %% ../nbs/01_drawn_hair.ipynb #6d96a989
 class Hair:
     """The hair of a batch: `draw_back` before the body is drawn, `draw_front` after the face.
 
@@ -28,7 +28,7 @@ class Hair:
         moved /= (v + 0.2).clamp_(0, 2) * t.flare + 1
         long = (t.length > 1.0).float()
         mass, x, y = egg(moved, v + 0.22, t.across + 0.035 + t.volume, t.skull - 0.19 + t.rise, t.length + 0.22, 0.85 * long)
-        bumps = (noise[15] - 0.5) * 0.34 + (noise[31] - 0.5) * 0.20
+        bumps = (noise[15] - 0.5) * 0.34 + (noise[31] - 0.5) * 0.13
         mass -= bumps * (t.curl * 0.75 + 0.10 * (t.style > 1))
         knot = ellipse(u - 0.06, v + t.skull + 0.30, 0.40, 0.36)
         self.mass = away_unless(torch.minimum(mass, away_unless(knot, t.top)), haired)

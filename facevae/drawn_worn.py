@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['wearers', 'draw_glasses', 'draw_earrings', 'draw_hats']
 
-# %% ../nbs/01_drawn_worn.ipynb #112d597b
+# %% ../nbs/01_drawn_worn.ipynb #e5b372b8
 import torch
 
 from .canvas import Canvas, away_unless, blob, box, egg, ellipse, near, pick, ridge, step, wave
 from .character import Traits
 
-# %% ../nbs/01_drawn_worn.ipynb #206b6d27
+# %% ../nbs/01_drawn_worn.ipynb #acf972e9
 def wearers(worn: torch.Tensor) -> torch.Tensor:
     """Indices of the faces that wear something. worn: 0 for those who do not, (B, 1, 1)."""
     return worn.flatten().nonzero().flatten()
 
-# %% ../nbs/01_drawn_worn.ipynb #1233a87e
+# %% ../nbs/01_drawn_worn.ipynb #09e69194
 def draw_glasses(canvas: Canvas, traits: Traits):
     """Paint glasses and sunglasses."""
     faces = wearers(traits.glasses)
@@ -44,7 +44,7 @@ def draw_glasses(canvas: Canvas, traits: Traits):
     w.paint(w.cover(frame), t.frame_colour * light[:, None], "eye_g")
     w.close()
 
-# %% ../nbs/01_drawn_worn.ipynb #a71b937b
+# %% ../nbs/01_drawn_worn.ipynb #9bdcf605
 def draw_earrings(canvas: Canvas, traits: Traits):
     """Paint studs, hoops and drops."""
     faces = wearers(traits.earrings)
@@ -64,7 +64,7 @@ def draw_earrings(canvas: Canvas, traits: Traits):
     w.paint(w.cover(ring), tone * gleam[:, None], "ear_r")
     w.close()
 
-# %% ../nbs/01_drawn_worn.ipynb #4d9d3184
+# %% ../nbs/01_drawn_worn.ipynb #97587c03
 def draw_hats(canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
     """Paint knitted hats, caps and brimmed hats."""
     faces = wearers(traits.hat)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['notebook_path', 'execute', 'start', 'finish', 'stop']
 
-# %% ../nbs/10_notebooks.ipynb #bbc38e4e
+# %% ../nbs/10_notebooks.ipynb #5f1a2d59
 import contextlib
 import json
 import logging
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -22,7 +23,7 @@ from typing import Any
 
 from .core import FaceVAEError, atomic_file
 
-# %% ../nbs/10_notebooks.ipynb #a2422671
+# %% ../nbs/10_notebooks.ipynb #b25deef3
 def notebook_path(name: str) -> Path:
     """Path of an experiment notebook, "train" or "figures". Raises FaceVAEError when it is not there."""
     package = Path(sys.modules["facevae"].__file__).parent
@@ -31,7 +32,7 @@ def notebook_path(name: str) -> Path:
             return folder / f"{name}.ipynb"
     raise FaceVAEError(f"The notebook '{name}.ipynb' is not part of this installation. Install facevae again.")
 
-# %% ../nbs/10_notebooks.ipynb #3711f209
+# %% ../nbs/10_notebooks.ipynb #b65eb26c
 def execute(name: str, output: str | Path, parameters: dict[str, Any]) -> None:
     """Execute an experiment notebook in this process.
 
@@ -40,18 +41,21 @@ def execute(name: str, output: str | Path, parameters: dict[str, Any]) -> None:
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
     source = notebook_path(name)
     known = papermill.inspect_notebook(str(source))
     for parameter in parameters:
         if parameter not in known:
             raise FaceVAEError(f"The notebook '{name}.ipynb' has no parameter '{parameter}'; it has {', '.join(known)}.")
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with atomic_file(output) as partial, warnings.catch_warnings():
+    with atomic_file(output) as partial, tempfile.TemporaryDirectory(prefix="facevae-") as sockets, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Two kernels that start at once may pick the same network ports, and one of them dies; files cannot collide.
+        kernel = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         try:
             # The kernel must be this Python, whatever kernels the machine has registered under the notebook's name.
             papermill.execute_notebook(str(source), str(partial), parameters=parameters, progress_bar=False,
-                                       kernel_name="python3", cwd=os.getcwd())
+                                       kernel_name="python3", cwd=os.getcwd(), config=kernel)
             failure = None
         except PapermillExecutionError as error:
             failure = error
@@ -61,7 +65,7 @@ def execute(name: str, output: str | Path, parameters: dict[str, Any]) -> None:
                                                   f"{failure.evalue}. The executed notebook '{output}' shows where.")
         raise FaceVAEError(text)
 
-# %% ../nbs/10_notebooks.ipynb #91d3a470
+# %% ../nbs/10_notebooks.ipynb #f21cec8b
 def start(name: str, output: str | Path, parameters: dict[str, Any], environment: dict[str, str] | None = None) -> subprocess.Popen:
     """Start executing a notebook in a process of its own; its errors are read from standard error by `finish`.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOSE', 'run_record', 'record_differences', 'read_json', 'RunDirectory', 'describe']
 
-# %% ../nbs/09_run.ipynb #3acab611
+# %% ../nbs/09_run.ipynb #25088481
 import contextlib
 import fcntl
 import json
@@ -25,7 +25,7 @@ from .core import FaceVAEError, atomic_file, write_text
 from .hypotheses import RunConfig
 from .store import FaceStore
 
-# %% ../nbs/09_run.ipynb #75134d00
+# %% ../nbs/09_run.ipynb #128c5698
 LOOSE = {"data", "threads", "facevae_version"}
 
 
@@ -49,7 +49,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         return {}
     return value if isinstance(value, dict) else {}
 
-# %% ../nbs/09_run.ipynb #8a2e9b16
+# %% ../nbs/09_run.ipynb #44a15de7
 class RunDirectory:
     """Paths and writers of one run.
 
@@ -127,8 +127,7 @@ class RunDirectory:
             write_text(self.path / "config.json", json.dumps(record, indent=1))
             earlier, begun = self.status.get("seconds", 0), time.perf_counter()
             self.update(state="running", error=None, steps=config.steps, host=socket.gethostname(), pid=os.getpid(),
-                        versions={"facevae": __version__, "torch": torch.__version__, "python": platform.python_version()},
-                        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
+                        versions={"facevae": __version__, "torch": torch.__version__, "python": platform.python_version()})
             try:
                 yield self
                 ending = {"state": "trained"} if self.status["state"] == "running" else {}

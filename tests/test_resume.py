@@ -120,3 +120,28 @@ def test_two_processes_cannot_share_a_run(store, tmp_path):
     still_running = first.poll() is None
     first.kill()
     assert still_running and second.returncode != 0 and "Another process is working on" in second.stderr
+
+
+def test_full_disk_leaves_the_old_checkpoint_whole(store, undisturbed, tmp_path, monkeypatch):
+    import facevae.checkpoint
+    from facevae.core import FaceVAEError
+    from facevae.hypotheses import make_config, parse_settings
+    from facevae.training import train
+    from safetensors import SafetensorError
+    config, out, save = make_config("H9", overrides=parse_settings(SETTINGS)), tmp_path / "run", facevae.checkpoint.save_file
+    calls = []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 6:
+            Path(path).write_bytes(b"half a file")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path)
+
+    monkeypatch.setattr(facevae.checkpoint, "save_file", full)
+    with pytest.raises(FaceVAEError, match="No space left on device.*Free some space"):
+        train(config, store, out, progress=False)
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
+    assert not list(out.rglob("*.partial")), "something half-written is left behind"
+    train(config, store, out, progress=False)
+    assert_same_end(out, undisturbed)
