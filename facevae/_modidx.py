@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'facevae.ablation.Cell.title': ('ablation.html#cell.title', 'facevae/ablation.py'),
                                   'facevae.ablation.default_workers': ('ablation.html#default_workers', 'facevae/ablation.py'),
                                   'facevae.ablation.plan': ('ablation.html#plan', 'facevae/ablation.py'),
+                                  'facevae.ablation.processors': ('ablation.html#processors', 'facevae/ablation.py'),
                                   'facevae.ablation.report': ('ablation.html#report', 'facevae/ablation.py'),
                                   'facevae.ablation.run_sweep': ('ablation.html#run_sweep', 'facevae/ablation.py'),
                                   'facevae.ablation.settings_text': ('ablation.html#settings_text', 'facevae/ablation.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clip_each', 'learning_rate', 'step_noise', 'FiniteWatch', 'Trainer', 'train', 'device_name']
 
-# %% ../nbs/09_training.ipynb #8096da98
+# %% ../nbs/09_training.ipynb #7999cc76
 import contextlib
 import math
 import time
@@ -28,7 +28,7 @@ from .run import RunDirectory
 from .samples import sample_grid
 from .store import FaceStore
 
-# %% ../nbs/09_training.ipynb #eaf49c26
+# %% ../nbs/09_training.ipynb #3ec87aa5
 def clip_each(parameters, max_norm: float) -> None:
     """Scale the gradient of each parameter to a norm of at most `max_norm` (Keras' clipnorm)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -52,7 +52,7 @@ def step_noise(config: RunConfig, step: int, count: int, device: torch.device) -
     noise = np.random.default_rng([config.seed, step, 2]).standard_normal((count, config.latent_dim), dtype=np.float32)
     return torch.from_numpy(noise).to(device)
 
-# %% ../nbs/09_training.ipynb #d25d1c53
+# %% ../nbs/09_training.ipynb #446bb5d8
 class FiniteWatch:
     """Remembers, for each loss term, the first step at which it was not finite."""
 
@@ -73,7 +73,7 @@ class FiniteWatch:
             raise FaceVAEError(f"The loss term '{name}' was not finite at step {step}, so training stopped. Lower "
                                "learning_rate, use precision=fp32, or check the pictures; the last checkpoint is whole.")
 
-# %% ../nbs/09_training.ipynb #fc9f81db
+# %% ../nbs/09_training.ipynb #f8d9b6f4
 class Trainer:
     """A model, its optimiser and its data: one step, one validation.
 
@@ -130,11 +130,11 @@ class Trainer:
             terms = self.objective(batch, step_noise(self.config, index, size, self.device))
             for total, values in zip(sums, terms):
                 for name, value in values.items():
-                    total[name] = total.get(name, 0) + value.double() * size
+                    total[name] = total.get(name, 0.0) + float(value) * size
             count += size
-        return tuple({name: float(total / count) for name, total in part.items()} for part in sums)
+        return tuple({name: total / count for name, total in part.items()} for part in sums)
 
-# %% ../nbs/09_training.ipynb #58bdca94
+# %% ../nbs/09_training.ipynb #5097551a
 def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool = True) -> Path:
     """Train one run to its end, going on from its last checkpoint when there is one.
 
