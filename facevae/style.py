@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
+import seaborn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -19,9 +20,9 @@ from .core import atomic_file
 
 # %% ../nbs/12_style.ipynb #f1ea812b
 WITHOUT, WITH = "#a9bccd", "#00558c"
-LOSS_COLORS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666")
+LOSS_COLORS = tuple(seaborn.color_palette("colorblind").as_hex()[index] for index in (1, 2, 4, 9, 3, 7))
 VIEW_STYLE = {"raw": ("#d55e00", "s"), "composite": ("#56b4e9", "D"), "face": ("#00558c", "o")}
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+STYLE = seaborn.axes_style("whitegrid") | {"xtick.bottom": True, "ytick.left": True, "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.axisbelow": True, "axes.grid": True,
          "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelcolor": "#222222",
          "ytick.labelcolor": "#222222", "hatch.linewidth": 0.6, "legend.frameon": False, "figure.facecolor": "white",
