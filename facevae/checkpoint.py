@@ -6,6 +6,7 @@
 __all__ = ['KEEP', 'save_checkpoint', 'save_weights', 'load_checkpoint']
 
 # %% ../nbs/09_checkpoint.ipynb #61bb3df9
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -94,7 +95,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         try:
             numbers = json.loads(path.with_suffix(".json").read_text())
             data = path.read_bytes()
-            if file_digest(path) != numbers["sha256"]:
+            if hashlib.sha256(data).hexdigest() != numbers["sha256"]:
                 raise ValueError("its digest differs from the one written with it")
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"The checkpoint '{path}' is damaged and passed over ({error}); the one before it is used.")
