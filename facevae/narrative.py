@@ -77,7 +77,7 @@ def authors_table(sweep: Sweep, summary: pd.DataFrame) -> dict:
     for _, group in table.groupby(["terms", "mask"], sort=False):
         errors = group.set_index("metric")
         values = [cell(number(errors.loc[name, who], 3)) for name in AUTHORS_METRICS for who in ("authors", "ours")]
-        rows.append(left(group.iloc[0]) + values)
+        rows.append(left(next(group.itertuples())) + values)
     groups = [(METRIC_STYLE[name].error_label, 2) for name in AUTHORS_METRICS]
     return {"caption": "", "heads": ["Hypothesis", "Loss", "Masks"] + ["authors", "ours"] * len(groups), "left": 3, "rows": rows, "groups": groups,
             "edges": [3 + 2 * i for i in range(len(groups))]}

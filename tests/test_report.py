@@ -68,6 +68,14 @@ def test_report_is_self_contained_and_says_what_is_missing(study):
     assert "masks lowered L1 from" in words
 
 
+def test_every_table_says_who_used_masks(study):
+    words = " ".join(" ".join(Page((study / "report.html").read_text(encoding="utf-8")).words).split())
+    masks = {"H1": "no", "H2": "yes", "H3": "no", "H4": "yes", "H5": "no", "H6": "yes", "H7": "no", "H8": "yes", "H9": "yes", "H10": "no"}
+    rows = re.findall(r"\b(H\d+) ((?:ssim|l1|l2)(?:\+l[12])?) (yes|no) [\d–m]", words)
+    assert len(rows) >= 30, "the page has at least three tables of all hypotheses"
+    assert {(name, used) for name, _, used in rows} == set(masks.items())
+
+
 def test_executed_notebook_shows_the_figures(study):
     cells = json.loads((study.parent / "out.ipynb").read_text())["cells"]
     pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
