@@ -109,6 +109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'facevae.colour': { 'facevae.colour.ciede2000': ('colour.html#ciede2000', 'facevae/colour.py'),
                                 'facevae.colour.lab': ('colour.html#lab', 'facevae/colour.py')},
             'facevae.core': { 'facevae.core.FaceVAEError': ('core.html#facevaeerror', 'facevae/core.py'),
+                              'facevae.core._publish': ('core.html#_publish', 'facevae/core.py'),
                               'facevae.core.atomic_directory': ('core.html#atomic_directory', 'facevae/core.py'),
                               'facevae.core.atomic_file': ('core.html#atomic_file', 'facevae/core.py'),
                               'facevae.core.choices': ('core.html#choices', 'facevae/core.py'),

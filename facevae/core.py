@@ -33,6 +33,14 @@ def choices(name: str, options: Iterable[str]) -> str:
     return (f"Did you mean '{near[0]}'? " if near else "") + f"Choose from: {', '.join(options)}."
 
 # %% ../nbs/00_core.ipynb #e12138e7
+def _publish(partial: Path, path: Path, mode: int) -> None:
+    """Rename a temporary file or directory, made private, with the permissions that a plain open() or mkdir() gives."""
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(mode & ~umask)
+    os.replace(partial, path)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` when the block ends well, and vanishes when it does not.
@@ -48,11 +56,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; the result gets the permissions a plain open() would give.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        os.replace(partial, path)
+        _publish(partial, path, 0o666)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,16 +83,13 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
         if not overwrite or not path.exists():
-            os.replace(partial, path)  # fails when somebody else has filled it meanwhile
+            _publish(partial, path, 0o777)  # fails when somebody else has filled it meanwhile
         else:
             # What is replaced is moved aside first, so that at every moment a whole directory exists.
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
             os.replace(path, aside)
-            os.replace(partial, path)
+            _publish(partial, path, 0o777)
             shutil.rmtree(aside.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

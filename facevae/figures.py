@@ -36,7 +36,6 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
     missing, several = False, (part.groupby("hypothesis").seed.nunique() > 1).any()
     for axis, name in zip(axes, shown):
         style = METRIC_STYLE[name]
-        means = part.groupby("hypothesis")[name].mean()
         top = style.error(part[name].dropna()).max() * 1.12
         for g, (_, members) in enumerate(groups):
             width = 0.84 / len(members)

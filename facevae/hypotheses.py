@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .core import FaceVAEError, choices
 from .labels import FACE_PARTS, class_ids
 from .losses import IMAGE_TERMS, WEIGHTS, parse_terms
+from .manifest import SIZES
 from .model import ModelConfig
 
 # %% ../nbs/08_hypotheses.ipynb #3956d0f1
@@ -82,7 +83,7 @@ class RunConfig(BaseModel):
     mask: bool
     seed: int = Field(0, ge=0, lt=2**31)
     preset: Literal["quick", "paper"] = "quick"
-    size: Literal[36, 72, 144, 288] | None = None
+    size: Literal[SIZES] | None = None
     width: float = Field(1.0, gt=0, le=8)
     latent_dim: int = Field(512, ge=1, le=65536)
     sampling: Literal["gaussian", "original"] = "gaussian"

@@ -27,12 +27,11 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from . import __version__
 from .anatomy import scheme_doubts
 from .arrays import ArrayWriter, open_array
-from .core import FaceVAEError, atomic_directory, atomic_file, file_digest, write_text
+from .core import FaceVAEError, atomic_directory, atomic_file, file_digest, progress_bar, write_text
 from .manifest import FILES, RESIZE, SPLITS, Manifest, SkippedInput, check_size, hash_split, name_problem, printable
 
 # %% ../nbs/02_packing.ipynb #97ca3a43
@@ -154,7 +153,7 @@ def _take(source: Source, out: Path, partial: Path, max_bad: float, progress: bo
     names, splits, attributes, skipped, seen = [], [], [], [], set()
     total, size, hashed = len(source), source.size, True
     with (ArrayWriter(partial / "images.npy", (size, size, 3)) as images, ArrayWriter(partial / "labels.npy", (size, size)) as labels,
-          contextlib.closing(iter(source)) as items, tqdm(total=total, desc=f"packing {out.name}", unit="face", disable=not progress) as bar):
+          contextlib.closing(iter(source)) as items, progress_bar(total, f"packing {out.name}", "face", progress) as bar):
         for item in items:
             if isinstance(item, Faces):
                 problems = [name_problem(name) or ("its name occurs twice" if name in seen else "") for name in item.names]
