@@ -51,7 +51,8 @@ def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -
 def _band(side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix (windows, side) with the weights of one window in each row."""
     windows = range(0, side - len(taps) + 1, stride)
-    band = torch.zeros(len(windows), side, dtype=torch.float64)
-    for row, start in enumerate(windows):
-        band[row, start:start + len(taps)] = torch.tensor(taps, dtype=torch.float64)
-    return band.to(device, dtype)
+    with torch.inference_mode(False):  # what is kept may be used in training later
+        band = torch.zeros(len(windows), side, dtype=torch.float64)
+        for row, start in enumerate(windows):
+            band[row, start:start + len(taps)] = torch.tensor(taps, dtype=torch.float64)
+        return band.to(device, dtype)
