@@ -49,7 +49,7 @@ class Batches:
 
     store: a FaceStore. split: "train", "val" or "test". size: side in pixels, at most the store's (default: the
     store's). parts: label names that count as face. flip: mirror half of the training pictures. limit: use only
-    the first so many. share: (index, count) of the processes that share each training batch, which takes its part of it.
+    the first so many. share: (index, count) of processes: each takes its part of every training batch, and every count-th batch of a pass.
     Raises FaceVAEError for an empty split, a size that the store cannot give, or a batch that cannot be shared evenly.
 
     feed: where the bytes come from; it may be exchanged between two batches.
@@ -69,6 +69,7 @@ class Batches:
         if batch_size % share[1]:
             raise FaceVAEError(f"A batch of {batch_size} pictures cannot be shared evenly by {share[1]} processes. Set batch_size to a "
                                f"multiple of {share[1]}, or use another number of processes.")
+        self.share = share
         self.part = slice(share[0] * batch_size // share[1], (share[0] + 1) * batch_size // share[1])
         self.feed = Streamed(store, self.device)
         self.ahead, self.passing = Lookahead(self._read_step), Lookahead(self._read_next)
@@ -114,8 +115,9 @@ class Batches:
         rows = self.rows[positions]
         return rows, self.feed.read(rows), mirrored
 
-    def _read_next(self, index: int) -> tuple:
-        """What the processor has to do for batch number `index` of a pass over the split; nothing beyond its end."""
+    def _read_next(self, turn: int) -> tuple:
+        """What the processor has to do for this process' batch number `turn` of a pass over the split; nothing beyond its end."""
+        index = self.share[0] + turn * self.share[1]
         rows = self.rows[index * self.batch_size:(index + 1) * self.batch_size]
         return rows, self.feed.read(rows) if len(rows) else None
 
@@ -124,5 +126,5 @@ class Batches:
         return self.prepare(*self.ahead(step))
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the split in the store's order; the last batch may be smaller."""
-        return (self.prepare(*self.passing(index)) for index in range(len(self)))
+        """One pass over this process' batches of the split in the store's order; the last batch may be smaller."""
+        return (self.prepare(*self.passing(turn)) for turn, _ in enumerate(range(self.share[0], len(self), self.share[1])))
