@@ -48,8 +48,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(inputs)
         count = inputs.numel() // inputs.shape[1] * processes()
         values = inputs.float()
-        sums = sum_over_processes(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])) / count  # (2, C)
-        mean, variance = sums[0], sums[1] - sums[0].square()
+        variance, mean = (part.double() for part in torch.var_mean(values, (0, 2, 3), correction=0))  # (C,), of this process' part
+        # The mean of equal parts' means and mean squares; in 64 bits, because their difference is small.
+        mean, square = (sum_over_processes(torch.stack([mean, variance + mean.square()])) / processes()).unbind()
+        mean, variance = mean.float(), (square - mean.square()).float()
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
