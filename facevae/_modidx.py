@@ -468,6 +468,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'facevae.training.Trainer.validate': ('training.html#trainer.validate', 'facevae/training.py'),
                                   'facevae.training.train': ('training.html#train', 'facevae/training.py')},
             'facevae.windows': { 'facevae.windows._band': ('windows.html#_band', 'facevae/windows.py'),
+                                 'facevae.windows._make_band': ('windows.html#_make_band', 'facevae/windows.py'),
+                                 'facevae.windows._products_are_exact': ('windows.html#_products_are_exact', 'facevae/windows.py'),
                                  'facevae.windows.blur': ('windows.html#blur', 'facevae/windows.py'),
                                  'facevae.windows.blur_by_products': ('windows.html#blur_by_products', 'facevae/windows.py'),
                                  'facevae.windows.blur_by_shifts': ('windows.html#blur_by_shifts', 'facevae/windows.py'),
