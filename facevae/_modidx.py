@@ -425,4 +425,13 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'facevae.training.device_name': ('training.html#device_name', 'facevae/training.py'),
                                   'facevae.training.learning_rate': ('training.html#learning_rate', 'facevae/training.py'),
                                   'facevae.training.step_noise': ('training.html#step_noise', 'facevae/training.py'),
-                                  'facevae.training.train': ('training.html#train', 'facevae/training.py')}}}
+                                  'facevae.training.train': ('training.html#train', 'facevae/training.py')},
+            'facevae.untrusted': { 'facevae.untrusted._attributes': ('untrusted.html#_attributes', 'facevae/untrusted.py'),
+                                   'facevae.untrusted._check_columns': ('untrusted.html#_check_columns', 'facevae/untrusted.py'),
+                                   'facevae.untrusted._unfold': ('untrusted.html#_unfold', 'facevae/untrusted.py'),
+                                   'facevae.untrusted.inside': ('untrusted.html#inside', 'facevae/untrusted.py'),
+                                   'facevae.untrusted.mistyped': ('untrusted.html#mistyped', 'facevae/untrusted.py'),
+                                   'facevae.untrusted.name_problem': ('untrusted.html#name_problem', 'facevae/untrusted.py'),
+                                   'facevae.untrusted.read_bytes': ('untrusted.html#read_bytes', 'facevae/untrusted.py'),
+                                   'facevae.untrusted.read_object': ('untrusted.html#read_object', 'facevae/untrusted.py'),
+                                   'facevae.untrusted.read_table': ('untrusted.html#read_table', 'facevae/untrusted.py')}}}
