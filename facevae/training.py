@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import load_checkpoint, save_checkpoint, save_weights
+from .checkpoint import load_best, load_checkpoint, save_best, save_checkpoint
 from .core import FaceVAEError, atomic_directory, progress_bar
 from .hypotheses import RunConfig
 from .loader import Batch, Batches
@@ -171,14 +170,14 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                     raise FaceVAEError(f"The validation loss was not finite at step {done}. Lower learning_rate.")
                 if numbers["best_loss"] is None or entry["loss"] < numbers["best_loss"]:
                     numbers |= {"best_loss": entry["loss"], "best_step": done}
-                    save_weights(run.checkpoints / "best.safetensors", trainer.vae)
+                    save_best(run.checkpoints, done, trainer.vae)
                 run.save_samples(done, sample_grid(trainer.vae, next(iter(trainer.val))))
                 seen, clock = done, time.perf_counter()
             if done % config.checkpoint_every == 0 or last:
                 watch.check()
                 save_checkpoint(run.checkpoints, done, trainer.vae, trainer.optimizer, numbers)
         bar.close()
-        trainer.vae.load_state_dict(load_file(run.checkpoints / "best.safetensors"))
+        load_best(run.checkpoints, trainer.vae)
         with atomic_directory(run.model, overwrite=True) as folder:
             trainer.vae.save_pretrained(folder)
         run.update(step=config.steps, best_step=numbers["best_step"], best_loss=numbers["best_loss"], trained=True)
