@@ -28,6 +28,7 @@ from .core import FaceVAEError, atomic_file, write_text
 from .figures import bars_masks, bars_ssim_with, bars_standalone, mask_gain_plot, training_curves, visual_comparison
 from .labels import FACE_PARTS
 from .loader import Batches
+from .manifest import check_size
 from .model import FaceVAE, composite
 from .narrative import all_tables, authors_table, cell, findings, gains_section, left
 from .run import read_json
@@ -50,14 +51,15 @@ def visual_samples(sweep: Sweep, store=None, count: int = 3, rows=None, load: Ca
     samples = {"recon": {}, "predicted": {}, "predicted_mask": {}}
     plain = lambda images: images.float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
     for run in sweep.cells[sweep.cells.state == "done"].sort_values("seed", kind="stable").drop_duplicates("hypothesis").itertuples():
-        parts = tuple(read_json(Path(run.path) / "config.json").get("face_parts") or FACE_PARTS)
+        parts = read_json(Path(run.path) / "config.json").get("face_parts") or FACE_PARTS
+        parts = tuple(map(str, parts)) if isinstance(parts, (list, tuple)) else FACE_PARTS
         try:
             vae = load(Path(run.path) / "model").eval()
+            size = None if pd.isna(run.size) else check_size(int(run.size))
+            _, images, mask = Batches(store, "test", size=size, parts=parts).load(rows)
+            out = vae(images, sample=False)
         except (FaceVAEError, OSError):
             continue
-        size = None if pd.isna(run.size) else int(run.size)
-        _, images, mask = Batches(store, "test", size=size, parts=parts).load(rows)
-        out = vae(images, sample=False)
         samples |= {"original": plain(images), "mask": plain(mask)[..., 0]}
         samples["recon"][run.hypothesis] = plain(out.recon)
         if out.mask_logits is not None:
@@ -134,8 +136,9 @@ def commands(sweep: Sweep) -> str:
     data, source = shlex.quote(str(manifest.get("data", "STORE"))), manifest.get("data_source") or {}
     lines = []
     if isinstance(source, dict) and source.get("kind") == "synthetic" and {"count", "seed"} <= set(source):
-        lines.append(f"facevae pack synthetic --count {source['count']} --seed {source['seed']}"
-                     + (f" --size {source['size']}" if "size" in source else "") + f" --out {data}")
+        # Somebody will paste these lines, and the file may be a stranger's.
+        options = " ".join(f"--{key} {shlex.quote(str(source[key]))}" for key in ("count", "seed", "size") if key in source)
+        lines.append(f"facevae pack synthetic {options} --out {data}")
     names = ",".join(str(h["name"]) for h in manifest["hypotheses"])
     settings = "".join(f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in (manifest.get("settings") or {}).items())
     lines.append(f"facevae ablate --data {data} --out {shlex.quote(str(sweep.path))} --hypotheses {shlex.quote(names)} "
