@@ -188,7 +188,7 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin, library_name="facevae", license="
         else:
             try:
                 config_path, weights_path = (Path(hf_hub_download(str(path), name, **kwargs)) for name in names)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # its errors have no common base in the versions in use
                 raise FaceVAEError(f"There is no directory '{path}', and no such model can be fetched from the hub ({error}). "
                                    "Give the model/ folder of a finished run, or a hub id of the form owner/name.") from error
         remedy = "Copy the folder again, or train again."

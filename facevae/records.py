@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUS', 'MOST_RUNS', 'status_fields', 'AskedHypothesis', 'SweepFile', 'read_sweep']
 
-# %% ../nbs/08_records.ipynb #f4b82dde
+# %% ../nbs/08_records.ipynb #95fde28b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from .core import FaceVAEError, printable
 from .untrusted import NUMBER, OBJECT, TEXT, TEXTS, mistyped, name_problem, read_object
 
-# %% ../nbs/08_records.ipynb #3c3b9032
+# %% ../nbs/08_records.ipynb #1b65a370
 STATUS = {name: NUMBER for name in ("step", "steps", "seconds", "seconds_left", "images_per_second", "loss", "best_step", "best_loss", "pid", "updated")} | {
     "state": TEXT, "error": TEXT, "host": TEXT, "device": TEXT, "versions": OBJECT, "notes": TEXTS}
 
@@ -24,12 +24,12 @@ def status_fields(path: str | Path) -> tuple[dict[str, Any], list[str]]:
 
     Its texts may be shown in a terminal, so they are printable and not endless. path: the run directory. Raises FaceVAEError when the file is missing or not a JSON object.
     """
-    found = read_object(Path(path) / "status.json", "The same command writes it again.")
+    found = read_object(Path(path) / "status.json", "The same command writes it again.", most=2**20)
     wrong = mistyped(found, STATUS)
     fields = {key: value for key, value in found.items() if key not in wrong}
     return {key: printable(value[:4000]) if isinstance(value, str) else value for key, value in fields.items()}, list(wrong.values())
 
-# %% ../nbs/08_records.ipynb #b41eda92
+# %% ../nbs/08_records.ipynb #ebd715ed
 MOST_RUNS = 20_000
 
 
@@ -69,7 +69,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
     """
     remedy = "Give a directory that `facevae ablate --out` wrote, or delete a damaged sweep.json and give that command again."
     try:
-        found = read_object(Path(path) / "sweep.json", remedy)
+        found = read_object(Path(path) / "sweep.json", remedy, most=4 * 2**20)
         asked, problem = SweepFile.model_validate(found), ""
         names = [hypothesis.name for hypothesis in asked.hypotheses]
         if twice := [name for name in names if names.count(name) > 1]:

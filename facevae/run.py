@@ -66,9 +66,10 @@ class RunDirectory:
     def status(self) -> dict[str, Any]:
         """The newest status; {"state": "pending"} when the run has not begun."""
         try:
-            return {"state": "pending"} | status_fields(self.path)[0]
+            fields, _ = status_fields(self.path)
         except FaceVAEError:
-            return {"state": "pending"}
+            fields = {}
+        return fields | {"state": fields.get("state") or "pending"}
 
     @property
     def record(self) -> dict[str, Any]:

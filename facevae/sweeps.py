@@ -64,7 +64,7 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
         if wrong:
             raise FaceVAEError(f"in status.json, {'; '.join(wrong)}")
         cell |= {key: status.get(key) for key in ("step", "steps", "seconds", "device", "versions")}
-        cell |= {"state": status.get("state", "unusable"), "error": status.get("error") or ""}
+        cell |= {"state": status.get("state") or "unusable", "error": status.get("error") or ("" if status.get("state") else "status.json has no state")}
     except FaceVAEError as error:
         status, cell = {}, cell | {"state": "unusable", "error": f"status.json cannot be used: {error}"}
     try:

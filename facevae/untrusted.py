@@ -6,9 +6,8 @@
 __all__ = ['MOST_JSON', 'NUMBER', 'TEXT', 'TEXTS', 'TRUTH', 'OBJECT', 'MOST_CELLS', 'MOST_TEXT', 'name_problem', 'inside',
            'read_bytes', 'read_object', 'mistyped', 'read_table']
 
-# %% ../nbs/00_untrusted.ipynb #ae333199
+# %% ../nbs/00_untrusted.ipynb #4014591f
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow.parquet as parquet
 
 from .core import FaceVAEError
 
-# %% ../nbs/00_untrusted.ipynb #9c2b0860
+# %% ../nbs/00_untrusted.ipynb #81b37b34
 def name_problem(name: str, folders: bool = True) -> str:
     """Why a name cannot be used for something inside a directory, or "" when it can.
 
@@ -45,7 +44,7 @@ def inside(folder: str | Path, name: str) -> Path:
         raise FaceVAEError(f"'{name}' leads out of '{folder}' ({problem or 'it is a link to another place'}). Remove it, or choose another place.")
     return path
 
-# %% ../nbs/00_untrusted.ipynb #ac4df4fd
+# %% ../nbs/00_untrusted.ipynb #f150a3b8
 MOST_JSON = 256 * 2**20  # bytes: a manifest that lists a million skipped inputs; anything else is a few KB
 
 
@@ -78,7 +77,7 @@ def read_object(path: str | Path, remedy: str = "Copy it again, or make it again
         raise FaceVAEError(f"'{path}' is not the JSON object that it should be ({why}). {remedy}") from None
     return value
 
-# %% ../nbs/00_untrusted.ipynb #1687e1a7
+# %% ../nbs/00_untrusted.ipynb #0dfc4f1a
 NUMBER, TEXT, TEXTS, TRUTH, OBJECT = "a finite number", "a text", "a list of texts", "true or false", "an object"
 
 
@@ -89,19 +88,19 @@ def mistyped(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, s
     """
     def fits(value: Any, kind: str) -> bool:
         if kind == NUMBER:  # beyond 1e15 nothing here is counted, and integers may have any number of digits
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= 1e15
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e15  # NaN is not
         if kind == TEXTS:
             return isinstance(value, list) and all(isinstance(text, str) for text in value)
         return isinstance(value, {TEXT: str, TRUTH: bool, OBJECT: dict}[kind])
 
     def shown(value: Any) -> str:
-        text = repr(value)
+        text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of many digits"  # which Python refuses to write out
         return text if len(text) <= 60 else text[:57] + "..."
 
     return {key: f"{key} is {shown(values[key])} and should be {kind}" for key, kind in kinds.items()
             if values.get(key) is not None and not fits(values[key], kind)}
 
-# %% ../nbs/00_untrusted.ipynb #a4406b02
+# %% ../nbs/00_untrusted.ipynb #54b3436f
 MOST_CELLS, MOST_TEXT = 400_000_000, 1000
 
 
