@@ -474,16 +474,16 @@ def test_names_of_a_store(things, tmp_path):
 def test_names_that_are_packed(tmp_path):
     class Named:
         size, scheme, notes = 36, "face-parsing", []
-        def __len__(self): return len(NAMES) + 2
+        def __len__(self): return len(NAMES) + 3
         def describe(self): return {"kind": "named", "note": "\x1b[2J"}
         def __iter__(self):
-            for name in (*NAMES, "CON", "good.png"):
+            for name in (*NAMES, "\udcff", "CON", "good.png"):
                 yield Faces([name], np.zeros((1, 36, 36, 3), np.uint8), np.zeros((1, 36, 36), np.uint8))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         store = pack(Named(), tmp_path / "store", max_bad=1, progress=False)
-    assert list(store.index["name"]) == ["CON", "good.png"] and len(store.manifest.skipped) == len(NAMES)
+    assert list(store.index["name"]) == ["CON", "good.png"] and len(store.manifest.skipped) == len(NAMES) + 1
     assert all(skipped.name.isprintable() for skipped in store.manifest.skipped)
     assert {path.name for path in tmp_path.rglob("*")} == {"store", "images.npy", "labels.npy", "index.parquet", "manifest.json"}
 
