@@ -122,8 +122,8 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
             if numbers.best_step and best is None:
                 best, _ = read_tensors(Path(folder) / BEST, model.state_dict(), "", digest=True)
         except (FaceVAEError, ValidationError) as error:
-            warnings.warn(f"The checkpoint '{path}' is passed over ({str(error).splitlines()[0].strip()}) and the one before it is used; without one, "
-                          "training starts from the beginning.")
+            why = str(error).splitlines()[0].replace(f"'{path}' ", "it ").strip(" .")
+            warnings.warn(f"The checkpoint '{path}' is passed over ({why}) and the one before it is used; without one, training starts from the beginning.")
             continue
         _restore(tensors, model, optimizer)
         return numbers.model_dump()
