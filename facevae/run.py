@@ -25,7 +25,7 @@ from .core import FaceVAEError, atomic_file, write_text
 from .hypotheses import RunConfig
 from .records import status_fields
 from .store import FaceStore
-from .untrusted import inside, read_object
+from .untrusted import inside, read_bytes, read_object
 
 # %% ../nbs/09_run.ipynb #128c5698
 LOOSE = {"data", "threads", "facevae_version"}
@@ -102,7 +102,7 @@ class RunDirectory:
         """Drop what was logged after `step`: a run that goes on from a checkpoint logs it again."""
         log = self.path / "log.jsonl"
         if log.exists():
-            write_text(log, "".join(line for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_text(log, "".join(line for line in read_bytes(log, 2**30).decode(errors="replace").splitlines(keepends=True)
                                     if _step_of(line) <= step))
 
     def save_samples(self, step: int, image) -> None:
