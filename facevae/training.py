@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import load_checkpoint, save_checkpoint, save_weights
+from .checkpoint import load_best, load_checkpoint, save_best, save_checkpoint
 from .core import FaceVAEError, atomic_directory, progress_bar
 from .device import choose_compile, choose_precision, device_name, threads
 from .feed import choose_feed, to_device
@@ -185,7 +184,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 if main:
                     run.log("validation", done, raw, weighted)
                     if best:
-                        save_weights(run.checkpoints / "best.safetensors", trainer.vae)
+                        save_best(run.checkpoints, done, trainer.vae)
                     run.save_samples(done, sample_grid(trainer.vae, next(iter(trainer.val))))
                 seen, clock = done, time.perf_counter()
             if main and (done % config.checkpoint_every == 0 or last):
@@ -193,7 +192,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 save_checkpoint(run.checkpoints, done, trainer.vae, trainer.optimizer, numbers)
         bar.close()
         if main:
-            trainer.vae.load_state_dict(load_file(run.checkpoints / "best.safetensors"))
+            load_best(run.checkpoints, trainer.vae)
             with atomic_directory(run.model, overwrite=True) as folder:
                 trainer.vae.save_pretrained(folder)
             run.update(step=config.steps, best_step=numbers["best_step"], best_loss=numbers["best_loss"], trained=True)
