@@ -152,6 +152,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
             run.update(device=device_name(trainer.device), processes=accelerator.num_processes, precision=trainer.precision)
             run.rewind(begin)
         watch, seen, clock = FiniteWatch(), begin, time.perf_counter()
+        started = clock
         bar = progress_bar(config.steps, config.hypothesis, "step", progress and main, done=begin)
         for step in range(begin, config.steps):
             raw, weighted = trainer.step(step)
@@ -170,7 +171,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 seen, clock = done, time.perf_counter()
             if done == min(begin + SETTLED, config.steps):
                 watch.check()  # waits for the device
-                used = trainer.settle() | ({"compile_seconds": round(time.perf_counter() - clock, 1)} if trainer.compiled else {})
+                used = trainer.settle() | ({"compile_seconds": round(time.perf_counter() - started, 1)} if trainer.compiled else {})
                 if main:
                     run.update(**used)
                 seen, clock = done, time.perf_counter()
