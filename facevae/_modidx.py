@@ -126,6 +126,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'facevae.device.choose_precision': ('device.html#choose_precision', 'facevae/device.py'),
                                 'facevae.device.device_name': ('device.html#device_name', 'facevae/device.py'),
                                 'facevae.device.has_bf16': ('device.html#has_bf16', 'facevae/device.py'),
+                                'facevae.device.keep_freed_memory': ('device.html#keep_freed_memory', 'facevae/device.py'),
                                 'facevae.device.threads': ('device.html#threads', 'facevae/device.py')},
             'facevae.drawn_background': { 'facevae.drawn_background.bokeh': ('drawn_background.html#bokeh', 'facevae/drawn_background.py'),
                                           'facevae.drawn_background.bricks': ( 'drawn_background.html#bricks',
