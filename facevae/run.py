@@ -26,7 +26,7 @@ from .hypotheses import RunConfig
 from .store import FaceStore
 
 # %% ../nbs/09_run.ipynb #128c5698
-LOOSE = {"data", "threads", "facevae_version"}
+LOOSE = {"data", "threads", "processes", "feed", "facevae_version"}
 
 
 def run_record(config: RunConfig, store: FaceStore) -> dict[str, Any]:
