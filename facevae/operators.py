@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'kind_of', 'operator_times', 'loss_alone', 'where_time_goes']
 
-# %% ../nbs/15_operators.ipynb #07b818a4
+# %% ../nbs/15_operators.ipynb #b413821b
 import os
 import re
 import time
@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from .losses import loss_terms, weigh
 from .measure import synchronize
 from .model import FaceVAEOutput
-from .training import Trainer, step_noise
+from .step import step_noise
+from .training import Trainer
 
-# %% ../nbs/15_operators.ipynb #66ab395b
+# %% ../nbs/15_operators.ipynb #be185609
 KINDS = {
     "compiled": r"triton|inductor|cpp_fused",
     "normalisation": r"batch_?norm|bn_(fw|bw|fprop|bprop)|bnorm",
@@ -36,7 +37,7 @@ def kind_of(name: str) -> str:
     """The kind of an operator or kernel: a key of `KINDS`, or "other"."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
 
-# %% ../nbs/15_operators.ipynb #d5a5dee8
+# %% ../nbs/15_operators.ipynb #4b6e9b09
 # The profiler's library writes to the terminal when it starts; it reads this when it is first used.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -58,12 +59,12 @@ def operator_times(run: Callable[[], object], device: torch.device, times: int =
     spent = pd.Series({row.key: (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6 / times for row in rows}, dtype=float)
     return spent[spent > 0].sort_values(ascending=False), wall
 
-# %% ../nbs/15_operators.ipynb #c7e6d968
+# %% ../nbs/15_operators.ipynb #341454a5
 def loss_alone(trainer: Trainer, step: int = 0) -> Callable[[], None]:
     """The loss of a batch, forward and backward, as something to run: without the model."""
     config, batch = trainer.config, trainer.data.at(step)
-    noise = step_noise(config, step, len(batch.images), trainer.device)
-    with torch.no_grad(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    noise = step_noise(config, step, len(batch.images)).to(trainer.device)
+    with torch.no_grad(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
         out = trainer.vae(batch.images, noise=noise, sample=True)
     leaves = FaceVAEOutput(*(None if part is None else part.detach().clone().requires_grad_() for part in out))
 
