@@ -104,6 +104,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'facevae.cli._tell': ('cli.html#_tell', 'facevae/cli.py'),
                              'facevae.cli._version': ('cli.html#_version', 'facevae/cli.py'),
                              'facevae.cli.ablate': ('cli.html#ablate', 'facevae/cli.py'),
+                             'facevae.cli.bench': ('cli.html#bench', 'facevae/cli.py'),
                              'facevae.cli.import_original': ('cli.html#import_original', 'facevae/cli.py'),
                              'facevae.cli.main': ('cli.html#main', 'facevae/cli.py'),
                              'facevae.cli.make_report': ('cli.html#make_report', 'facevae/cli.py'),
