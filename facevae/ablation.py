@@ -22,6 +22,7 @@ from . import __version__
 from .core import FaceVAEError, progress_bar, write_text
 from .hypotheses import RunConfig, make_config, parse_hypotheses
 from .notebooks import finish, start
+from .records import read_sweep
 from .run import RunDirectory, read_json, record_differences, run_record
 from .store import FaceStore
 
@@ -105,7 +106,7 @@ def plan(data: str | Path, out: str | Path, hypotheses: str | Iterable[str] = "a
     record = {"preset": preset, "settings": overrides, "data": str(store.path), "data_fingerprint": store.fingerprint,
               "data_source": store.manifest.source, "size": cells[0].config.size, "steps": cells[0].config.steps,
               "facevae_version": __version__}
-    found = read_json(out / "sweep.json")
+    found = read_sweep(out) if os.path.lexists(out / "sweep.json") else {}
     same = {key: record[key] for key in ("preset", "settings", "data_fingerprint")}
     if found and (differences := record_differences(same, {key: found.get(key) for key in same})):
         raise FaceVAEError(f"'{out}' holds another sweep: {'; '.join(differences)}. Choose another --out.")

@@ -187,7 +187,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             raise FaceVAEError(f"'{setting}' is not a setting. Write --set key=value, for example --set steps=200.")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or more digits or brackets than it allows
             value = {"True": True, "False": False, "None": None}.get(text.strip(), text.strip())
         name, dot, inner = key.strip().partition(".")
         if dot:

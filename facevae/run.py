@@ -23,7 +23,9 @@ from pydantic import ValidationError
 from . import __version__
 from .core import FaceVAEError, atomic_file, write_text
 from .hypotheses import RunConfig
+from .records import status_fields
 from .store import FaceStore
+from .untrusted import inside, read_bytes, read_object
 
 # %% ../nbs/09_run.ipynb #128c5698
 LOOSE = {"data", "threads", "processes", "feed", "facevae_version"}
@@ -44,10 +46,9 @@ def record_differences(asked: dict[str, Any], found: dict[str, Any]) -> list[str
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file; an empty one when the file is missing or not whole."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except FaceVAEError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 # %% ../nbs/09_run.ipynb #44a15de7
 class RunDirectory:
@@ -64,7 +65,11 @@ class RunDirectory:
     @property
     def status(self) -> dict[str, Any]:
         """The newest status; {"state": "pending"} when the run has not begun."""
-        return read_json(self.path / "status.json") or {"state": "pending"}
+        try:
+            fields, _ = status_fields(self.path)
+        except FaceVAEError:
+            fields = {}
+        return fields | {"state": fields.get("state") or "pending"}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -89,7 +94,7 @@ class RunDirectory:
         """Append one line to log.jsonl, with the loss terms as plain numbers; returns it."""
         raw, weighted = ({name: float(value) for name, value in part.items()} for part in (raw, weighted))
         entry = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted, **more}
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(inside(self.path, "log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         return entry
 
@@ -97,12 +102,12 @@ class RunDirectory:
         """Drop what was logged after `step`: a run that goes on from a checkpoint logs it again."""
         log = self.path / "log.jsonl"
         if log.exists():
-            write_text(log, "".join(line for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(log, "".join(line for line in read_bytes(log, 2**30).decode(errors="replace").splitlines(keepends=True)
                                     if _step_of(line) <= step))
 
     def save_samples(self, step: int, image) -> None:
         """Keep a picture of reconstructions after `step` steps, and show it as samples.png."""
-        (self.path / "samples").mkdir(exist_ok=True)
+        inside(self.path, "samples").mkdir(exist_ok=True)
         for target in (self.path / "samples" / f"{step:08d}.png", self.samples):
             with atomic_file(target) as partial:
                 image.save(partial, format="PNG")
@@ -118,7 +123,7 @@ class RunDirectory:
             raise FaceVAEError(f"'{self.path}' holds another run: {'; '.join(differences)}. Choose another --out, or "
                                "delete that directory.")
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as lock:
+        with open(inside(self.path, ".lock"), "a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -147,6 +152,6 @@ def describe(error: BaseException) -> str:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return float("inf")

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import load_checkpoint, save_checkpoint, save_weights
+from .checkpoint import load_best, load_checkpoint, save_best, save_checkpoint
 from .core import FaceVAEError, atomic_directory, progress_bar
 from .device import choose_compile, choose_precision, device_name, threads
 from .feed import choose_feed, to_device
@@ -153,6 +152,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
             run.update(device=device_name(trainer.device), processes=accelerator.num_processes, precision=trainer.precision)
             run.rewind(begin)
         watch, seen, clock = FiniteWatch(), begin, time.perf_counter()
+        started = clock
         bar = progress_bar(config.steps, config.hypothesis, "step", progress and main, done=begin)
         for step in range(begin, config.steps):
             raw, weighted = trainer.step(step)
@@ -171,7 +171,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 seen, clock = done, time.perf_counter()
             if done == min(begin + SETTLED, config.steps):
                 watch.check()  # waits for the device
-                used = trainer.settle() | ({"compile_seconds": round(time.perf_counter() - clock, 1)} if trainer.compiled else {})
+                used = trainer.settle() | ({"compile_seconds": round(time.perf_counter() - started, 1)} if trainer.compiled else {})
                 if main:
                     run.update(**used)
                 seen, clock = done, time.perf_counter()
@@ -185,7 +185,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 if main:
                     run.log("validation", done, raw, weighted)
                     if best:
-                        save_weights(run.checkpoints / "best.safetensors", trainer.vae)
+                        save_best(run.checkpoints, done, trainer.vae)
                     run.save_samples(done, sample_grid(trainer.vae, next(iter(trainer.val))))
                 seen, clock = done, time.perf_counter()
             if main and (done % config.checkpoint_every == 0 or last):
@@ -193,7 +193,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 save_checkpoint(run.checkpoints, done, trainer.vae, trainer.optimizer, numbers)
         bar.close()
         if main:
-            trainer.vae.load_state_dict(load_file(run.checkpoints / "best.safetensors"))
+            load_best(run.checkpoints, trainer.vae)
             with atomic_directory(run.model, overwrite=True) as folder:
                 trainer.vae.save_pretrained(folder)
             run.update(step=config.steps, best_step=numbers["best_step"], best_loss=numbers["best_loss"], trained=True)

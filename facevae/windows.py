@@ -22,9 +22,13 @@ def gaussian(window: int, sigma: float) -> tuple[float, ...]:
 
 def blur(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
     """Weighted means over every `stride`-th whole window: (..., H, W) -> (..., H', W'), by whichever way suits the device."""
-    exact_products = torch.get_float32_matmul_precision() == "highest"
-    by = blur_by_products if images.device.type == "cuda" and exact_products else blur_by_shifts
+    by = blur_by_products if images.device.type == "cuda" and _products_are_exact() else blur_by_shifts
     return by(images, taps, stride)
+
+
+@torch.compiler.assume_constant_result  # a compiled step may not ask
+def _products_are_exact() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def blur_by_shifts(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
@@ -47,9 +51,14 @@ def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -
         return rows @ (images @ columns.T)
 
 
-@functools.lru_cache(64)
-def _band(side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@torch.compiler.assume_constant_result  # or a compiled step would build it again, weight by weight
+def _band(*key) -> Tensor:
     """The matrix (windows, side) with the weights of one window in each row."""
+    return _make_band(*key)
+
+
+@functools.lru_cache(64)
+def _make_band(side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     windows = range(0, side - len(taps) + 1, stride)
     with torch.inference_mode(False):  # what is kept may be used in training later
         band = torch.zeros(len(windows), side, dtype=torch.float64)

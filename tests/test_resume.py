@@ -76,6 +76,26 @@ def test_damaged_checkpoint_is_passed_over(store, undisturbed, tmp_path):
     assert_same_end(out, undisturbed)
 
 
+@pytest.mark.parametrize("when", ["under way", "at the end"])
+def test_damaged_best_weights_are_found_again(store, undisturbed, tmp_path, when):
+    """They cannot be copied from anywhere, so training goes back far enough to meet them again."""
+    out = tmp_path / "run"
+    if when == "under way":
+        process = training(store, out)
+        while step_of(out) < 14:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    else:
+        assert training(store, out).wait() == 0
+    best = out / "checkpoint" / "best.safetensors"
+    data = bytearray(best.read_bytes())
+    data[len(data) // 2] ^= 4
+    best.write_bytes(data)
+    assert training(store, out).wait() == 0
+    assert_same_end(out, undisturbed)
+
+
 def test_killed_command_leaves_nobody_training(store, tmp_path):
     """SIGKILL of the command ends the notebook's kernel as well; the same command then finishes the run."""
     out = tmp_path / "run"
@@ -128,17 +148,17 @@ def test_full_disk_leaves_the_old_checkpoint_whole(store, undisturbed, tmp_path,
     from facevae.hypotheses import make_config, parse_settings
     from facevae.training import train
     from safetensors import SafetensorError
-    config, out, save = make_config("H9", overrides=parse_settings(SETTINGS)), tmp_path / "run", facevae.checkpoint.save_file
+    config, out, save = make_config("H9", overrides=parse_settings(SETTINGS)), tmp_path / "run", facevae.checkpoint.save_tensors
     calls = []
 
-    def full(tensors, path):
+    def full(path, tensors, numbers):
         calls.append(path)
         if len(calls) == 6:
             Path(path).write_bytes(b"half a file")
             raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save(tensors, path)
+        save(path, tensors, numbers)
 
-    monkeypatch.setattr(facevae.checkpoint, "save_file", full)
+    monkeypatch.setattr(facevae.checkpoint, "save_tensors", full)
     with pytest.raises(FaceVAEError, match="No space left on device.*Free some space"):
         train(config, store, out, progress=False)
     assert json.loads((out / "status.json").read_text())["state"] == "failed"
