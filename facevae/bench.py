@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASUREMENTS', 'SIZES', 'PICTURES', 'BARS', 'run_benchmark', 'format_benchmark', 'benchmark_plot', 'save_benchmark']
 
-# %% ../nbs/16_bench.ipynb #9877f825
+# %% ../nbs/16_bench.ipynb #95f512de
 import json
 import tempfile
 import time
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 
 from .core import FaceVAEError, choices, progress_bar, write_text
-from .hypotheses import PRESETS, make_config
+from .hypotheses import make_config
 from .measure import machine, peak_memory
 from .reference import write_pictures
 from .roofline import measured_peaks
@@ -28,7 +28,7 @@ from .style import new_figure, save, styled
 from .synthetic import draw_faces
 from .workloads import measure_opening, measure_roofline, measure_steps, measured_row
 
-# %% ../nbs/16_bench.ipynb #c7c42dba
+# %% ../nbs/16_bench.ipynb #de252ce0
 MEASUREMENTS = {
     "reference": "a training step of the plain loop: JPEG and PNG files, Pillow, DataLoader, eager 32-bit floats",
     "step": "a training step of this library, in each precision that the hardware has, compiled on a GPU",
@@ -51,7 +51,7 @@ def _chosen(names: Iterable[str] | str | None, options: Iterable[str], what: str
             raise FaceVAEError(f"'{name}' is not a {what} of the benchmark. {choices(name, options)}")
     return [name for name in options if name in names]
 
-# %% ../nbs/16_bench.ipynb #b085f0b6
+# %% ../nbs/16_bench.ipynb #7fcf3b2a
 def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str] | str | None = None, seconds: float = 20, steps: int = 0,
                   overrides: dict | None = None, progress: bool = False) -> pd.DataFrame:
     """Measure this machine: a row a measurement, with images a second, the ratio to the plain loop, and peak memory.
@@ -61,7 +61,7 @@ def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str
     overrides: fields of RunConfig for both recipes. progress: show what is under way.
     attrs: machine, configs, peaks, roofline, opening, ratios, needs_gpu: all JSON. Raises FaceVAEError for an unknown name.
     """
-    only, recipes = _chosen(only, MEASUREMENTS, "measurement"), _chosen(recipes, PRESETS, "recipe")
+    only, recipes = _chosen(only, MEASUREMENTS, "measurement"), _chosen(recipes, SIZES, "recipe")
     configs = {recipe: make_config("H9", recipe, overrides={"size": SIZES[recipe]} | (overrides or {})).fit(288) for recipe in recipes}
     device = Accelerator(mixed_precision="no").device
     rows, attrs = [], {"machine": machine(device), "configs": {recipe: config.model_dump(mode="json") for recipe, config in configs.items()},
@@ -108,7 +108,7 @@ def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str
                     attrs["roofline"][recipe] = measure_roofline(config, attrs["peaks"], parts)
         if "opening" in only:
             tell("opening a large store")
-            attrs["opening"] = measure_opening(Path(scratch), configs[recipes[-1]])
+            attrs["opening"] = measure_opening(Path(scratch), max(configs.values(), key=lambda config: config.size))
     return _finish(pd.DataFrame(rows), attrs)
 
 
@@ -132,7 +132,7 @@ def _finish(table: pd.DataFrame, attrs: dict) -> pd.DataFrame:
     table.attrs = attrs | {"ratios": ratios, "needs_gpu": [] if gpu else ["step compiled", "memory allocated on the device", "the data sheet's bound"]}
     return table
 
-# %% ../nbs/16_bench.ipynb #2edc2c14
+# %% ../nbs/16_bench.ipynb #46ebf9b5
 def _precision(row) -> str:
     return f"{row['precision']}{' compiled' if row['compiled'] else ''}" if row["precision"] else ""
 
@@ -161,7 +161,8 @@ def format_benchmark(table: pd.DataFrame) -> str:
         lines.append("    measured: " + ", ".join(f"{kind['kind']} {kind['share_of_step']:.0%}" for kind in found["kinds"] if kind["share_of_step"]))
     if found := attrs["opening"]:
         lines.append(f"a store of {found['pictures']:,} pictures of {found['size']} px opens in {found['seconds']:.3f} s, its index is read in "
-                     f"{found['index_seconds']:.2f} s; {found['batches']} random batches ({found['batches_mb']:,.0f} MB) took {found['reading_mb']:,.0f} MB of memory")
+                     f"{found['index_seconds']:.2f} s; {found['batches']} random batches ({found['batches_mb']:,.0f} MB) took {found['reading_mb']:,.0f} MB of memory"
+                     + (f", of which {found['held_mb']:,.0f} MB are not pages of the files" if found["held_mb"] is not None else ""))
     if attrs["needs_gpu"]:
         lines.append(f"Not measured, needs a GPU: {', '.join(attrs['needs_gpu'])}.")
     return "\n".join(lines)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'kind_of', 'operator_times', 'loss_alone', 'where_time_goes']
 
-# %% ../nbs/15_operators.ipynb #b413821b
+# %% ../nbs/15_operators.ipynb #dc87979d
 import os
 import re
 import time
@@ -22,7 +22,7 @@ from .model import FaceVAEOutput
 from .step import step_noise
 from .training import Trainer
 
-# %% ../nbs/15_operators.ipynb #be185609
+# %% ../nbs/15_operators.ipynb #9364c10a
 KINDS = {
     "compiled": r"triton|inductor|cpp_fused",
     "normalisation": r"batch_?norm|bn_(fw|bw|fprop|bprop)|bnorm",
@@ -37,7 +37,7 @@ def kind_of(name: str) -> str:
     """The kind of an operator or kernel: a key of `KINDS`, or "other"."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
 
-# %% ../nbs/15_operators.ipynb #4b6e9b09
+# %% ../nbs/15_operators.ipynb #8bc2c148
 # The profiler's library writes to the terminal when it starts; it reads this when it is first used.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -59,7 +59,7 @@ def operator_times(run: Callable[[], object], device: torch.device, times: int =
     spent = pd.Series({row.key: (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6 / times for row in rows}, dtype=float)
     return spent[spent > 0].sort_values(ascending=False), wall
 
-# %% ../nbs/15_operators.ipynb #341454a5
+# %% ../nbs/15_operators.ipynb #dfcdfe5d
 def loss_alone(trainer: Trainer, step: int = 0) -> Callable[[], None]:
     """The loss of a batch, forward and backward, as something to run: without the model."""
     config, batch = trainer.config, trainer.data.at(step)

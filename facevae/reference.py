@@ -6,7 +6,7 @@
 __all__ = ['FACE', 'write_pictures', 'PlainFaces', 'CropEnd', 'plain_block', 'plain_decoder', 'PlainVAE', 'plain_losses',
            'PlainTraining']
 
-# %% ../nbs/15_reference.ipynb #798217ea
+# %% ../nbs/15_reference.ipynb #d2c127df
 import os
 import random
 import signal
@@ -29,7 +29,7 @@ from .model import ModelConfig
 from .step import learning_rate
 from .synthetic import draw_faces
 
-# %% ../nbs/15_reference.ipynb #e3126192
+# %% ../nbs/15_reference.ipynb #1ca347fe
 def write_pictures(folder: str | Path, count: int, seed: int = 0) -> Path:
     """Draw faces as FOLDER/images/*.jpg and FOLDER/labels/*.png, of 178 x 218 pixels; returns the folder."""
     folder = Path(folder)
@@ -69,7 +69,7 @@ class PlainFaces(Dataset):
             image, mask = (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, mask))
         return to_tensor(image), to_tensor(mask)
 
-# %% ../nbs/15_reference.ipynb #75ee9c57
+# %% ../nbs/15_reference.ipynb #ff151120
 class CropEnd(nn.Module):
     """TensorFlow's 'same' padding of a transposed convolution: the last row and column are cut."""
 
@@ -133,7 +133,7 @@ def plain_losses(out, images: torch.Tensor, mask: torch.Tensor) -> dict[str, tor
             "kl": 1e-3 * 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).mean(),
             "mask_bce": F.binary_cross_entropy_with_logits(mask_logits, mask), "mask_dice": 1 - dice}
 
-# %% ../nbs/15_reference.ipynb #739a9439
+# %% ../nbs/15_reference.ipynb #7f72219b
 class PlainTraining:
     """Trains `PlainVAE` with the settings of a run, H9's objective.
 

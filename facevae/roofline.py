@@ -6,7 +6,7 @@
 __all__ = ['PASSES', 'LAYERS', 'DATA_SHEETS', 'POINTS', 'GROUPS', 'layer_shapes', 'step_costs', 'best_seconds', 'measured_peaks',
            'bound', 'forward_times', 'roofline_plot', 'compare']
 
-# %% ../nbs/15_roofline.ipynb #e6919368
+# %% ../nbs/15_roofline.ipynb #9efd4673
 import time
 from collections.abc import Callable
 
@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import nn
 
-from .measure import has_bf16, synchronize
+from .device import has_bf16
+from .measure import synchronize
 from .model import FaceVAE, ModelConfig
 from .style import new_figure, styled
 
-# %% ../nbs/15_roofline.ipynb #badc497c
+# %% ../nbs/15_roofline.ipynb #bd79ccc6
 PASSES = ("forward", "backward by input", "backward by weight")
 LAYERS = {nn.Conv2d: "convolution", nn.ConvTranspose2d: "transposed convolution", nn.Linear: "linear", nn.BatchNorm2d: "normalisation",
           nn.ELU: "activation", nn.MaxPool2d: "pooling"}
@@ -74,7 +75,7 @@ def step_costs(config: ModelConfig, batch_size: int, precision: str = "fp32") ->
     rows.append(("clipping and Adam", "optimiser", "forward", 16 * parameters, 8 * 4 * parameters))
     return pd.DataFrame(rows, columns=["layer", "kind", "part", "flops", "bytes"])
 
-# %% ../nbs/15_roofline.ipynb #bb9816ce
+# %% ../nbs/15_roofline.ipynb #d412b8cb
 # Dense arithmetic (FLOP/s; fp32 stands for TF32) and memory bandwidth (bytes/s), from NVIDIA's data sheets.
 DATA_SHEETS = {"H200": {"bf16": 989e12, "fp32": 494e12, "bandwidth": 4.8e12}, "H100 PCIe": {"bf16": 756e12, "fp32": 378e12, "bandwidth": 2.0e12},
                "H100": {"bf16": 989e12, "fp32": 494e12, "bandwidth": 3.35e12}, "A100": {"bf16": 312e12, "fp32": 156e12, "bandwidth": 2.0e12}}
@@ -93,17 +94,27 @@ def best_seconds(run: Callable[[], object], device: torch.device, seconds: float
     return best
 
 
+def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of the best product of two square matrices, or of a convolution of 128 channels as large."""
+    left, right = torch.rand(2, side, side, device=device).to(dtype)
+    rates = [2 * side**3 / best_seconds(lambda: left @ right, device)]
+    images = torch.rand(side // 64, 128, 36, 36, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(128, 128, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        seconds = best_seconds(lambda: torch.conv2d(images, weight, padding=1), device)
+    return max(*rates, 2 * 9 * 128 * images.numel() / seconds)
+
+
 def measured_peaks(device: torch.device) -> dict:
     """What the device can do: {"fp32", "bf16": FLOP/s; "bandwidth": {bytes moved: bytes/s}}, and "data sheet" where it is known."""
     gpu = device.type == "cuda"
-    peaks, side = {}, 8192 if gpu else 1536
+    peaks, sides = {}, (4096, 8192) if gpu else (512, 1024, 2048)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if gpu and torch.backends.cudnn.allow_tf32 else before)
     try:
         for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             if precision == "fp32" or has_bf16(device):
-                left, right = torch.rand(2, side, side, device=device).to(dtype)
-                peaks[precision] = 2 * side**3 / best_seconds(lambda: left @ right, device)
+                peaks[precision] = max(_product_rate(side, dtype, device) for side in sides for _ in range(2))
     finally:
         torch.set_float32_matmul_precision(before)
     rates, best = {}, 0.0
@@ -125,7 +136,7 @@ def bound(costs: pd.DataFrame, peaks: dict, precision: str) -> pd.DataFrame:
     memory = costs["bytes"] / bandwidth
     return costs.assign(seconds=arithmetic.combine(memory, max), limit=(arithmetic > memory).map({True: "arithmetic", False: "memory"}))
 
-# %% ../nbs/15_roofline.ipynb #887bc7b9
+# %% ../nbs/15_roofline.ipynb #a72f78d3
 @torch.no_grad()
 def forward_times(config: ModelConfig, batch_size: int, precision: str, device: torch.device, times: int = 3) -> pd.Series:
     """The least seconds of each layer's forward pass in training, by its name."""
@@ -150,7 +161,7 @@ def forward_times(config: ModelConfig, batch_size: int, precision: str, device: 
             vae(images, sample=True)
     return pd.Series(found, name="measured")
 
-# %% ../nbs/15_roofline.ipynb #2cc7fa21
+# %% ../nbs/15_roofline.ipynb #9a48c80a
 POINTS = {"convolution": ("#00558c", "o"), "transposed convolution": ("#56b4e9", "s"), "linear": ("#555555", "D"),
           "normalisation": ("#d55e00", "^"), "activation": ("#cc78bc", "v"), "pooling": ("#029e73", "P")}
 
@@ -171,22 +182,21 @@ def roofline_plot(costs: pd.DataFrame, peaks: dict, precision: str, times: pd.Se
     for name, rate, line in roofs:
         corner = peaks[precision] / rate
         axes.plot([left, corner, right], [rate * left / 1e9, peaks[precision] / 1e9, peaks[precision] / 1e9], line, color="#333333", zorder=1,
-                  label=f"{name}: {rate / 1e9:,.0f} GB/s")
+                  label=f"{peaks[precision] / 1e9:,.0f} GFLOP/s, {name} {rate / 1e9:,.0f} GB/s")
     for kind, (color, marker) in POINTS.items():
         chosen = forward["kind"] == kind
         if chosen.any():
-            axes.scatter(intensity[chosen], speed[chosen], 12 + 500 * forward["measured"][chosen] / forward["measured"].sum(), color=color,
+            axes.scatter(intensity[chosen], speed[chosen], 22 + 700 * forward["measured"][chosen] / forward["measured"].sum(), color=color,
                          marker=marker, alpha=0.75, linewidth=0.5, edgecolor="white", label=f"{kind} ({forward['measured'][chosen].sum() / forward['measured'].sum():.0%})")
     axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="floating-point operations a byte moved", ylabel="GFLOP/s", title=title,
              ylim=(speed.min() / 2, 2.5 * peaks[precision] / 1e9))
-    axes.annotate(f"{precision} products: {peaks[precision] / 1e9:,.0f} GFLOP/s", (right, peaks[precision] / 1e9), (-4, 4), textcoords="offset points", ha="right")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title="roofs, and layers\n(share of forward time)", title_fontsize=9,
                   markerscale=0.8)
     return figure
 
-# %% ../nbs/15_roofline.ipynb #46aa7477
+# %% ../nbs/15_roofline.ipynb #2ef2e02d
 GROUPS = {"transposed convolution": "convolution", "linear": "convolution", "pooling": "activation"}
 
 

@@ -6,7 +6,7 @@
 __all__ = ['STORED', 'ClockedInput', 'FixedInput', 'write_sparse_store', 'measure_opening', 'measured_row', 'library_steps',
            'measure_steps', 'measure_roofline']
 
-# %% ../nbs/15_workloads.ipynb #a97f0d33
+# %% ../nbs/15_workloads.ipynb #710acc8b
 import contextlib
 import json
 import statistics
@@ -24,7 +24,7 @@ from .evaluation import evaluate
 from .hypotheses import RunConfig
 from .loader import Batches
 from .manifest import FILES, RESIZE, Manifest
-from .measure import Contestant, Memory, peak_memory, synchronize, take_turns
+from .measure import Contestant, Memory, peak_memory, private_memory, synchronize, take_turns
 from .metrics import METRICS
 from .model import FaceVAE
 from .operators import where_time_goes
@@ -33,7 +33,7 @@ from .roofline import bound, compare, step_costs
 from .store import FaceStore
 from .training import Trainer
 
-# %% ../nbs/15_workloads.ipynb #dffeb5a8
+# %% ../nbs/15_workloads.ipynb #4b99f6fe
 class ClockedInput:
     """A trainer's data that remembers how long its batches took, in seconds."""
 
@@ -82,7 +82,7 @@ def _with_data(trainer: Trainer, data, step: int) -> None:
     finally:
         trainer.data = usual
 
-# %% ../nbs/15_workloads.ipynb #492683a6
+# %% ../nbs/15_workloads.ipynb #b6782b1f
 STORED = 200_000
 
 
@@ -115,15 +115,17 @@ def measure_opening(folder: Path, config: RunConfig, batches: int = 100) -> dict
         index_seconds = time.perf_counter() - start - seconds
     data = Batches(store, "train", size=config.size, batch_size=config.batch_size)
     generator = torch.Generator().manual_seed(0)
+    data.load(rows[:config.batch_size])
     with peak_memory(cpu) as read:
-        start = time.perf_counter()
+        before, start = private_memory(), time.perf_counter()
         for _ in range(batches):
             data.load(rows[torch.randint(len(rows), (config.batch_size,), generator=generator).numpy()])
         rate = batches * config.batch_size / (time.perf_counter() - start)
+        held = None if before is None else private_memory() - before
     return {"pictures": STORED, "size": config.size, "seconds": seconds, "index_seconds": index_seconds, "memory_mb": opened.peak / 1e6, "batches": batches,
-            "batches_mb": batches * config.batch_size * config.size**2 * 4 / 1e6, "reading_mb": read.peak / 1e6, "images_per_second": rate}
+            "batches_mb": batches * config.batch_size * config.size**2 * 4 / 1e6, "reading_mb": read.peak / 1e6, "held_mb": None if held is None else held / 1e6, "images_per_second": rate}
 
-# %% ../nbs/15_workloads.ipynb #00b16e57
+# %% ../nbs/15_workloads.ipynb #b8bbbe13
 def measured_row(recipe: str, measurement: str, config: RunConfig, images: int, times: list[float], memory: Memory, first: float | None = None,
          precision: str = "", compiled: bool = False, batch: int | None = None) -> dict:
     """A row of the result. times: seconds for so many images, one number a turn."""
