@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MEASUREMENTS', 'SIZES', 'PICTURES', 'BARS', 'run_benchmark', 'format_benchmark', 'benchmark_plot', 'save_benchmark']
 
-# %% ../nbs/16_bench.ipynb #95f512de
+# %% ../nbs/16_bench.ipynb #82fd3dd4
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ from .style import new_figure, save, styled
 from .synthetic import draw_faces
 from .workloads import measure_opening, measure_roofline, measure_steps, measured_row
 
-# %% ../nbs/16_bench.ipynb #de252ce0
+# %% ../nbs/16_bench.ipynb #0874163b
 MEASUREMENTS = {
     "reference": "a training step of the plain loop: JPEG and PNG files, Pillow, DataLoader, eager 32-bit floats",
     "step": "a training step of this library, in each precision that the hardware has, compiled on a GPU",
@@ -51,7 +52,7 @@ def _chosen(names: Iterable[str] | str | None, options: Iterable[str], what: str
             raise FaceVAEError(f"'{name}' is not a {what} of the benchmark. {choices(name, options)}")
     return [name for name in options if name in names]
 
-# %% ../nbs/16_bench.ipynb #7fcf3b2a
+# %% ../nbs/16_bench.ipynb #7558f560
 def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str] | str | None = None, seconds: float = 20, steps: int = 0,
                   overrides: dict | None = None, progress: bool = False) -> pd.DataFrame:
     """Measure this machine: a row a measurement, with images a second, the ratio to the plain loop, and peak memory.
@@ -68,9 +69,11 @@ def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str
                        "peaks": None, "roofline": {}, "opening": None}
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="facevae-bench-") as scratch, progress_bar(0, "bench", "", progress) as bar:
+        bar.bar_format, told = "{desc} [{elapsed}]", set()
+
         def tell(text: str) -> None:
-            bar.set_description_str(f"bench: {text}")
-            bar.refresh()
+            bar.set_description_str(f"bench: {text}", refresh=sys.stderr.isatty() or text not in told)
+            told.add(text)
 
         if "roofline" in only:
             tell("peaks of the device")
@@ -132,7 +135,7 @@ def _finish(table: pd.DataFrame, attrs: dict) -> pd.DataFrame:
     table.attrs = attrs | {"ratios": ratios, "needs_gpu": [] if gpu else ["step compiled", "memory allocated on the device", "the data sheet's bound"]}
     return table
 
-# %% ../nbs/16_bench.ipynb #46ebf9b5
+# %% ../nbs/16_bench.ipynb #8692fac3
 def _precision(row) -> str:
     return f"{row['precision']}{' compiled' if row['compiled'] else ''}" if row["precision"] else ""
 

@@ -200,5 +200,6 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ending:
         if ending.code == 130:  # Ctrl-C, which typer turns into this
-            typer.echo("\nfacevae: interrupted. The same command goes on where it stopped.", err=True)
+            more = "Nothing was saved." if sys.argv[1:2] == ["bench"] else "The same command goes on where it stopped."
+            typer.echo(f"\nfacevae: interrupted. {more}", err=True)
         raise
