@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import FaceVAEError, printable, progress_bar
+from .core import THREADS_WAIT, FaceVAEError, printable, progress_bar
 
 # %% ../nbs/17_cli.ipynb #a978b2c1
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -188,8 +188,8 @@ def bench(out: Annotated[Optional[Path], typer.Option("--out", metavar="FILE.jso
 # %% ../nbs/17_cli.ipynb #cfd2a616
 def main() -> None:
     """The entry point of the `facevae` command."""
-    # Read by the thread library when torch is imported, which no command has done yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in THREADS_WAIT.items():  # no command has imported torch yet
+        os.environ.setdefault(name, value)
     warnings.showwarning = lambda message, *_: typer.echo(f"facevae: warning: {printable(str(message))}", err=True)
     try:
         app()
