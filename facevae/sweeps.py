@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .core import FaceVAEError
+from .journal import read_state
 
 # %% ../nbs/11_sweeps.ipynb #c135eb62
 def read_log(path: str | Path) -> pd.DataFrame:
@@ -63,6 +64,8 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
         return {**cell, "error": "never started"}, metrics, log
     try:
         status = _json(path / "status.json")
+        if status.get("state") == "running":
+            status = read_state(path)
         cell |= {key: status.get(key) for key in ("step", "steps", "seconds", "device", "versions")}
         cell |= {"state": str(status.get("state", "unusable")), "error": str(status.get("error") or "")}
     except (OSError, ValueError) as error:
