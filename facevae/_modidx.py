@@ -106,6 +106,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'facevae.claim.ClaimLost': ('claim.html#claimlost', 'facevae/claim.py'),
                                'facevae.claim._beats': ('claim.html#_beats', 'facevae/claim.py'),
                                'facevae.claim._lock': ('claim.html#_lock', 'facevae/claim.py'),
+                               'facevae.claim._sweep_up': ('claim.html#_sweep_up', 'facevae/claim.py'),
                                'facevae.claim.heartbeat_seconds': ('claim.html#heartbeat_seconds', 'facevae/claim.py'),
                                'facevae.claim.is_alive': ('claim.html#is_alive', 'facevae/claim.py'),
                                'facevae.claim.is_working': ('claim.html#is_working', 'facevae/claim.py'),

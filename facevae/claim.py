@@ -6,12 +6,13 @@
 __all__ = ['STALE_BEATS', 'machine', 'this_process', 'is_alive', 'kill', 'heartbeat_seconds', 'ClaimBusy', 'ClaimLost',
            'newest_claim', 'is_working', 'Claim', 'join_claim', 'take_claim']
 
-# %% ../nbs/09_claim.ipynb #8ac7e00b
+# %% ../nbs/09_claim.ipynb #9e869db2
 import contextlib
 import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -23,7 +24,7 @@ import psutil
 
 from .core import FaceVAEError, write_text
 
-# %% ../nbs/09_claim.ipynb #79561b37
+# %% ../nbs/09_claim.ipynb #64b0a7a6
 def machine() -> str:
     """What tells this running machine from every other: the identity of its last start, or else its name."""
     with contextlib.suppress(OSError):
@@ -51,7 +52,7 @@ def kill(process: dict[str, Any] | None) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process["pid"], signal.SIGKILL)
 
-# %% ../nbs/09_claim.ipynb #48207976
+# %% ../nbs/09_claim.ipynb #c960c2e6
 STALE_BEATS = 12
 
 
@@ -90,7 +91,7 @@ def is_working(path: str | Path) -> bool:
     fresh = time.time() - beat < STALE_BEATS * claim.get("every", 5)
     return fresh and (claim.get("machine") != machine() or is_alive(claim.get("kernel")) or is_alive(claim.get("process")))
 
-# %% ../nbs/09_claim.ipynb #572c2056
+# %% ../nbs/09_claim.ipynb #45f3e4e9
 class Claim:
     """The right to write to a run, until it is released or another process has taken it.
 
@@ -164,7 +165,7 @@ def join_claim(path: str | Path) -> Claim | None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return Claim(Path(path), int(number), lock, joined=True)
 
-# %% ../nbs/09_claim.ipynb #5f94336e
+# %% ../nbs/09_claim.ipynb #ba6b9280
 def _lock(lock, seconds: float = 0) -> bool | None:
     """Lock a file for this process alone: whether it worked, or None where the file system has no locks."""
     until = time.monotonic() + seconds
@@ -193,6 +194,13 @@ def _beats(path: Path, lock) -> bool:
         if newest_claim(path) != (number, claim, beat):
             return True
     return False
+
+
+def _sweep_up(path: Path) -> None:
+    """Remove what killed processes have left half-written; half a checkpoint is as large as a whole one."""
+    for left in [found for found in path.rglob(".*") if found.name.endswith((".partial", ".old"))]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def take_claim(path: str | Path) -> Claim:
@@ -224,6 +232,7 @@ def take_claim(path: str | Path) -> Claim:
             raise busy from None
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _sweep_up(path)
         return Claim(path, number + 1, lock)
     except BaseException:
         lock.close()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'work', 'Course', 'Dispatch', 'run_sweep']
 
-# %% ../nbs/11_dispatch.ipynb #e67632aa
+# %% ../nbs/11_dispatch.ipynb #035c8a79
 import contextlib
 import threading
 import time
@@ -26,7 +26,7 @@ from .runner import Ending, execute_run
 from .store import FaceStore
 from .workers import default_workers, foreign_cluster, local_cluster, thread_environment, visible_gpus, worker_check
 
-# %% ../nbs/11_dispatch.ipynb #ed26c119
+# %% ../nbs/11_dispatch.ipynb #eb05a529
 _AT_WORK = threading.Lock()
 
 
@@ -43,7 +43,7 @@ def work(job: dict[str, Any]) -> dict[str, str]:
     finally:
         _AT_WORK.release()
 
-# %% ../nbs/11_dispatch.ipynb #b35eeb12
+# %% ../nbs/11_dispatch.ipynb #c171d0d8
 TRIES = 3
 
 
@@ -177,7 +177,7 @@ class Dispatch:
         self.bar.update(max(0, step - course.shown))
         course.shown = max(course.shown, step)
 
-# %% ../nbs/11_dispatch.ipynb #ac59f6eb
+# %% ../nbs/11_dispatch.ipynb #cef400fe
 def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, progress: bool = True, *, scheduler: str | None = None,
               scheduler_file: str | Path | None = None, retry_failed: bool = False, accept_code: bool = False) -> list[str]:
     """Run the cells that are not finished; returns the titles of those that failed.
@@ -202,8 +202,8 @@ def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, p
         local = scheduler is None and scheduler_file is None
         check = stack.enter_context(worker_check(data, out))
         if local:
-            count = max(1, min(workers or default_workers(), len(todo)))
-            client = stack.enter_context(local_cluster(count))
+            count = min(workers or default_workers(), len(todo))
+            client = stack.enter_context(local_cluster(count, workers or default_workers()))
         else:
             client = stack.enter_context(foreign_cluster(scheduler, scheduler_file))
         crew = Crew(client, check, local, bar.write)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERRUPTED', 'read_json', 'read_status', 'write_status', 'write_pending', 'saved_step', 'read_state']
 
-# %% ../nbs/09_journal.ipynb #0e4b8006
+# %% ../nbs/09_journal.ipynb #10857b02
 import json
 import os
 import time
@@ -15,7 +15,7 @@ from typing import Any
 from .claim import is_working, newest_claim
 from .core import write_text
 
-# %% ../nbs/09_journal.ipynb #24213a24
+# %% ../nbs/09_journal.ipynb #bc9072c5
 INTERRUPTED = "Interrupted. The same command goes on from the last checkpoint."
 
 
@@ -48,7 +48,7 @@ def write_pending(path: str | Path, **fields: Any) -> None:
     try:
         partial.write_text(json.dumps({"state": "pending", **fields, "updated": round(time.time(), 1)}, indent=1))
         os.link(partial, path / "status.json")
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # it has a status, or somebody who claims it has swept the partial file up
         pass
     finally:
         partial.unlink(missing_ok=True)

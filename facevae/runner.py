@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ending', 'execute_run']
 
-# %% ../nbs/10_runner.ipynb #e736f5d9
+# %% ../nbs/10_runner.ipynb #59646a4a
 import json
 import os
 import socket
@@ -21,7 +21,7 @@ from .journal import INTERRUPTED, read_json, read_status, saved_step, write_stat
 from .notebooks import Failure, finish, start
 from .provenance import record_differences
 
-# %% ../nbs/10_runner.ipynb #a0b5d466
+# %% ../nbs/10_runner.ipynb #65b9f37a
 @dataclass(frozen=True)
 class Ending:
     """How an execution ended. state: done, failed, died, interrupted, or busy (another process has the run). error: why."""
@@ -61,7 +61,7 @@ def _outcome(path: Path, record: dict[str, Any], failure: Failure | None, last_t
         return Ending("failed" if last_try else "died", error), {"state": "failed" if last_try else "interrupted", "error": error}
     return Ending("failed", failure.error), {"state": "failed", "error": failure.error, "cell": failure.cell}
 
-# %% ../nbs/10_runner.ipynb #f8a52e92
+# %% ../nbs/10_runner.ipynb #6db42183
 def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, Any], environment: dict[str, str] | None = None,
                 poll: Callable[[], None] = lambda: None, accept_code: bool = False, last_try: bool = False) -> Ending:
     """Claim a run, execute the train notebook for it, and put down in status.json how it ended.
@@ -85,8 +85,7 @@ def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, 
         if found and (differences := record_differences(record, found, {"code"} if accept_code else set())):
             return Ending("failed", f"'{path}' holds another run: {'; '.join(differences)}.")
         try:
-            if found and found.get("code") != record.get("code"):
-                write_text(path / "config.json", json.dumps(record, indent=1))
+            write_text(path / "config.json", json.dumps(record, indent=1))  # the kernel refuses when it is asked for anything else
             write_status(path, state="running", error=None, cell=None, host=socket.gethostname(), pid=os.getpid())
             begun_at = saved_step(path)
             process = start("train", path / "train.ipynb", parameters, (environment or {}) | claim.environment)

@@ -6,7 +6,7 @@
 __all__ = ['processors', 'visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'dask_setup',
            'local_cluster', 'foreign_cluster', 'worker_check', 'first_gpu', 'check_worker']
 
-# %% ../nbs/10_workers.ipynb #5aeae8c1
+# %% ../nbs/10_workers.ipynb #e35d841b
 import contextlib
 import logging
 import os
@@ -29,7 +29,7 @@ from .core import FaceVAEError
 from .manifest import read_manifest
 from .provenance import code_digest
 
-# %% ../nbs/10_workers.ipynb #815e2af2
+# %% ../nbs/10_workers.ipynb #80461f0b
 def processors() -> int:
     """Processor cores that this process may use; a batch system grants fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,7 +59,7 @@ def worker_environment(worker: int, workers: int) -> dict[str, str]:
     gpus = visible_gpus()
     return thread_environment(max(1, processors() // workers)) | ({"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {})
 
-# %% ../nbs/10_workers.ipynb #14522429
+# %% ../nbs/10_workers.ipynb #17f6a96c
 def dask_setup(worker) -> None:
     """Called by Dask when a worker of `local_cluster` starts."""
     with contextlib.suppress(ValueError):  # only the main thread may
@@ -67,11 +67,14 @@ def dask_setup(worker) -> None:
 
 
 @contextlib.contextmanager
-def local_cluster(workers: int) -> Iterator[Client]:
-    """Start a cluster of so many workers on this machine, and end it. Yields a client of it."""
+def local_cluster(workers: int, shares: int | None = None) -> Iterator[Client]:
+    """Start a cluster of so many workers on this machine, and end it. Yields a client of it.
+
+    shares: into how many parts the processor is divided (default: workers).
+    """
     quiet = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     nannies = {number: {"cls": Nanny, "options": quiet | {
-        "nthreads": 1, "memory_limit": 0, "env": worker_environment(number, workers), "name": f"worker {number}",
+        "nthreads": 1, "memory_limit": 0, "env": worker_environment(number, shares or workers), "name": f"worker {number}",
         "silence_logs": logging.CRITICAL, "preload": ["facevae.workers"]}} for number in range(workers)}
     before = dict(os.environ)
     # Dask would otherwise set variables in this process to have its workers inherit them.
@@ -101,7 +104,7 @@ def foreign_cluster(scheduler: str | None = None, scheduler_file: str | Path | N
     with client:
         yield client
 
-# %% ../nbs/10_workers.ipynb #b855177c
+# %% ../nbs/10_workers.ipynb #eedd085f
 @contextlib.contextmanager
 def worker_check(store: str | Path, out: str | Path) -> Iterator[dict[str, Any]]:
     """What `check_worker` is to compare; puts a file into `out` that it must find."""
