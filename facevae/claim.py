@@ -6,7 +6,7 @@
 __all__ = ['STALE_BEATS', 'machine', 'this_process', 'is_alive', 'kill', 'heartbeat_seconds', 'ClaimBusy', 'ClaimLost',
            'newest_claim', 'is_working', 'Claim', 'join_claim', 'take_claim']
 
-# %% ../nbs/09_claim.ipynb #9e869db2
+# %% ../nbs/09_claim.ipynb #9d92d991
 import contextlib
 import fcntl
 import json
@@ -24,7 +24,7 @@ import psutil
 
 from .core import FaceVAEError, write_text
 
-# %% ../nbs/09_claim.ipynb #64b0a7a6
+# %% ../nbs/09_claim.ipynb #3919dc44
 def machine() -> str:
     """What tells this running machine from every other: the identity of its last start, or else its name."""
     with contextlib.suppress(OSError):
@@ -52,7 +52,7 @@ def kill(process: dict[str, Any] | None) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process["pid"], signal.SIGKILL)
 
-# %% ../nbs/09_claim.ipynb #c960c2e6
+# %% ../nbs/09_claim.ipynb #d212d61c
 STALE_BEATS = 12
 
 
@@ -91,7 +91,7 @@ def is_working(path: str | Path) -> bool:
     fresh = time.time() - beat < STALE_BEATS * claim.get("every", 5)
     return fresh and (claim.get("machine") != machine() or is_alive(claim.get("kernel")) or is_alive(claim.get("process")))
 
-# %% ../nbs/09_claim.ipynb #45f3e4e9
+# %% ../nbs/09_claim.ipynb #a7de7bc7
 class Claim:
     """The right to write to a run, until it is released or another process has taken it.
 
@@ -165,7 +165,7 @@ def join_claim(path: str | Path) -> Claim | None:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return Claim(Path(path), int(number), lock, joined=True)
 
-# %% ../nbs/09_claim.ipynb #ba6b9280
+# %% ../nbs/09_claim.ipynb #2d08f2e1
 def _lock(lock, seconds: float = 0) -> bool | None:
     """Lock a file for this process alone: whether it worked, or None where the file system has no locks."""
     until = time.monotonic() + seconds

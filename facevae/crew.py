@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Crew']
 
-# %% ../nbs/11_crew.ipynb #8a4ccafe
+# %% ../nbs/11_crew.ipynb #40d18418
 import contextlib
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from distributed import Client, Future
 from .core import FaceVAEError
 from .workers import check_worker
 
-# %% ../nbs/11_crew.ipynb #c6fb5ec0
+# %% ../nbs/11_crew.ipynb #d00f8ee8
 class Crew:
     """The workers of a cluster.
 
@@ -32,8 +32,15 @@ class Crew:
         self.out: dict[str, str] = {}  # address: why
 
     def look(self) -> set[str]:
-        """See who came and went, and ask those who came; returns the addresses of all who are there."""
-        present = set(self.client.nthreads())
+        """See who came and went, and ask those who came; returns the addresses of all who are there.
+
+        Raises FaceVAEError when the scheduler is gone.
+        """
+        try:
+            present = set(self.client.nthreads())
+        except Exception as error:  # of many kinds, by what the connection was doing
+            raise FaceVAEError(f"The Dask scheduler does not answer any more ({error or type(error).__name__}). Start the cluster again and give "
+                               "the same command: it goes on where it stopped.") from error
         for group in (self.asked, self.ready, self.out):
             for address in group.keys() - present:
                 del group[address]
@@ -92,8 +99,7 @@ class Crew:
         if self.local and address in self.ready:
             with contextlib.suppress(psutil.Error):
                 psutil.Process(self.ready[address]["pid"]).kill()
-        else:
-            self.ask(address)
+        self.ask(address)
 
     def turned_away(self) -> list[str]:
         """Why workers that came later get no work; each reason is given once."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'work', 'Course', 'Dispatch', 'run_sweep']
 
-# %% ../nbs/11_dispatch.ipynb #035c8a79
+# %% ../nbs/11_dispatch.ipynb #77f09d9e
 import contextlib
 import threading
 import time
@@ -18,15 +18,15 @@ from typing import Any
 from distributed import Future, get_worker
 
 from .ablation import Cell
-from .claim import STALE_BEATS, heartbeat_seconds, newest_claim
+from .claim import STALE_BEATS, ClaimBusy, heartbeat_seconds, newest_claim, take_claim
 from .core import FaceVAEError, progress_bar
 from .crew import Crew
-from .journal import read_state
+from .journal import read_state, write_status
 from .runner import Ending, execute_run
 from .store import FaceStore
 from .workers import default_workers, foreign_cluster, local_cluster, thread_environment, visible_gpus, worker_check
 
-# %% ../nbs/11_dispatch.ipynb #eb05a529
+# %% ../nbs/11_dispatch.ipynb #0b065132
 _AT_WORK = threading.Lock()
 
 
@@ -43,7 +43,7 @@ def work(job: dict[str, Any]) -> dict[str, str]:
     finally:
         _AT_WORK.release()
 
-# %% ../nbs/11_dispatch.ipynb #c171d0d8
+# %% ../nbs/11_dispatch.ipynb #a26c64ac
 TRIES = 3
 
 
@@ -158,7 +158,10 @@ class Dispatch:
         """Begin a run again whose process died, unless that has happened too often without progress."""
         course.deaths = 1 if course.cell.run.saved_step > course.saved else course.deaths + 1
         if course.deaths >= TRIES:
-            self._finish(course, Ending("failed", f"{why} It died {TRIES} times without getting further."), "")
+            error, path = f"{why} It died {TRIES} times without getting further.", course.cell.run.path
+            with contextlib.suppress(ClaimBusy, OSError), take_claim(path):
+                write_status(path, state="failed", error=error)
+            self._finish(course, Ending("failed", error), "")
         else:
             self.bar.write(f"{course.cell.title}: {why} It is begun again from step {course.cell.run.saved_step}.")
             self.waiting.insert(0, course)
@@ -177,15 +180,15 @@ class Dispatch:
         self.bar.update(max(0, step - course.shown))
         course.shown = max(course.shown, step)
 
-# %% ../nbs/11_dispatch.ipynb #cef400fe
+# %% ../nbs/11_dispatch.ipynb #7f0220b0
 def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, progress: bool = True, *, scheduler: str | None = None,
               scheduler_file: str | Path | None = None, retry_failed: bool = False, accept_code: bool = False) -> list[str]:
     """Run the cells that are not finished; returns the titles of those that failed.
 
     data: the store. workers: how many runs at a time (default: default_workers(); on a running cluster one a worker).
     scheduler, scheduler_file: a Dask cluster to use instead of this machine. retry_failed: try those again that failed before.
-    accept_code: keep, and go on with, runs that other code of facevae made.
-    Raises FaceVAEError before anything starts when a worker cannot see store and output directory.
+    accept_code: keep, and go on with, runs that other code of facevae made. A script calls this below `if __name__ == "__main__"`,
+    because workers import it. Raises FaceVAEError before anything starts when a worker cannot see store and output directory.
     """
     store, out = FaceStore(data), cells[0].run.path.parent.parent
     todo = [cell for cell in cells if not cell.done(store, accept_code)]

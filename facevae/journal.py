@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERRUPTED', 'read_json', 'read_status', 'write_status', 'write_pending', 'saved_step', 'read_state']
 
-# %% ../nbs/09_journal.ipynb #10857b02
+# %% ../nbs/09_journal.ipynb #0a2fbbd3
 import json
 import os
 import time
@@ -15,7 +15,7 @@ from typing import Any
 from .claim import is_working, newest_claim
 from .core import write_text
 
-# %% ../nbs/09_journal.ipynb #bc9072c5
+# %% ../nbs/09_journal.ipynb #bae72897
 INTERRUPTED = "Interrupted. The same command goes on from the last checkpoint."
 
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ROOTS', 'LOOSE', 'code_modules', 'code_digest', 'record_differences']
 
-# %% ../nbs/09_provenance.ipynb #98bc9539
+# %% ../nbs/09_provenance.ipynb #a907f01f
 import hashlib
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/09_provenance.ipynb #729622a8
+# %% ../nbs/09_provenance.ipynb #e205bf4c
 ROOTS = ("training", "evaluation")
 
 
@@ -38,7 +38,7 @@ def code_digest() -> str:
         digest.update("\n".join([name, *(line for line in lines if line and not line.lstrip().startswith("#"))]).encode())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/09_provenance.ipynb #a39bc5e0
+# %% ../nbs/09_provenance.ipynb #b05b2d80
 LOOSE = {"data", "threads", "facevae_version"}
 
 

@@ -7,6 +7,7 @@ __all__ = ['run_record', 'RunDirectory', 'describe']
 
 # %% ../nbs/09_run.ipynb #25088481
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -132,9 +133,12 @@ class RunDirectory:
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 ending = {"state": "interrupted" if stopped else "failed", "error": describe(error)}
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise FaceVAEError(f"'{self.path}' could not be written ({error.strerror}). Free some space on the device and start the run "
+                                       "again: it goes on from its last whole checkpoint.") from error
                 raise
             finally:
-                with contextlib.suppress(ClaimLost):
+                with contextlib.suppress(ClaimLost, OSError):  # on a full disk the status stays as it was, which readers see as lost
                     self.update(seconds=round(earlier + time.perf_counter() - begun, 1), **ending)
                 self._claim = None
 

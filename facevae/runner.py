@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ending', 'execute_run']
 
-# %% ../nbs/10_runner.ipynb #59646a4a
+# %% ../nbs/10_runner.ipynb #574b8c0d
 import json
 import os
 import socket
@@ -21,7 +21,7 @@ from .journal import INTERRUPTED, read_json, read_status, saved_step, write_stat
 from .notebooks import Failure, finish, start
 from .provenance import record_differences
 
-# %% ../nbs/10_runner.ipynb #65b9f37a
+# %% ../nbs/10_runner.ipynb #45352099
 @dataclass(frozen=True)
 class Ending:
     """How an execution ended. state: done, failed, died, interrupted, or busy (another process has the run). error: why."""
@@ -61,7 +61,7 @@ def _outcome(path: Path, record: dict[str, Any], failure: Failure | None, last_t
         return Ending("failed" if last_try else "died", error), {"state": "failed" if last_try else "interrupted", "error": error}
     return Ending("failed", failure.error), {"state": "failed", "error": failure.error, "cell": failure.cell}
 
-# %% ../nbs/10_runner.ipynb #6db42183
+# %% ../nbs/10_runner.ipynb #736d9ebf
 def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, Any], environment: dict[str, str] | None = None,
                 poll: Callable[[], None] = lambda: None, accept_code: bool = False, last_try: bool = False) -> Ending:
     """Claim a run, execute the train notebook for it, and put down in status.json how it ended.

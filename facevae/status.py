@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ENDED', 'sweep_status', 'duration', 'status_text', 'watch']
 
-# %% ../nbs/11_status.ipynb #f6a48e52
+# %% ../nbs/11_status.ipynb #79fdc8d3
 import shutil
 import sys
 import time
@@ -16,7 +16,7 @@ import pandas as pd
 from .core import FaceVAEError
 from .journal import read_json, read_state
 
-# %% ../nbs/11_status.ipynb #c946b452
+# %% ../nbs/11_status.ipynb #d75dfa61
 COLUMNS = ("hypothesis", "seed", "state", "step", "steps", "loss", "images_per_second", "seconds_left", "host", "pid", "heartbeat", "seconds",
            "cell", "error")
 ENDED = ("done", "failed")
@@ -43,7 +43,7 @@ def sweep_status(path: str | Path) -> pd.DataFrame:
         rows.append({**{name: found.get(name) for name in COLUMNS}, "hypothesis": hypothesis, "seed": seed})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
-# %% ../nbs/11_status.ipynb #5211895f
+# %% ../nbs/11_status.ipynb #c4d06d9b
 def duration(seconds: float | None) -> str:
     """Seconds as a person says them: 40 s, 12 min, 3.5 h, 2.1 d; "" for none."""
     if seconds is None or pd.isna(seconds):

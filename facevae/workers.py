@@ -6,7 +6,7 @@
 __all__ = ['processors', 'visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'dask_setup',
            'local_cluster', 'foreign_cluster', 'worker_check', 'first_gpu', 'check_worker']
 
-# %% ../nbs/10_workers.ipynb #e35d841b
+# %% ../nbs/10_workers.ipynb #7bce8e43
 import contextlib
 import logging
 import os
@@ -29,7 +29,7 @@ from .core import FaceVAEError
 from .manifest import read_manifest
 from .provenance import code_digest
 
-# %% ../nbs/10_workers.ipynb #80461f0b
+# %% ../nbs/10_workers.ipynb #d77c5711
 def processors() -> int:
     """Processor cores that this process may use; a batch system grants fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,7 +59,7 @@ def worker_environment(worker: int, workers: int) -> dict[str, str]:
     gpus = visible_gpus()
     return thread_environment(max(1, processors() // workers)) | ({"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {})
 
-# %% ../nbs/10_workers.ipynb #17f6a96c
+# %% ../nbs/10_workers.ipynb #27c6a54b
 def dask_setup(worker) -> None:
     """Called by Dask when a worker of `local_cluster` starts."""
     with contextlib.suppress(ValueError):  # only the main thread may
@@ -104,7 +104,7 @@ def foreign_cluster(scheduler: str | None = None, scheduler_file: str | Path | N
     with client:
         yield client
 
-# %% ../nbs/10_workers.ipynb #eedd085f
+# %% ../nbs/10_workers.ipynb #2850f2b3
 @contextlib.contextmanager
 def worker_check(store: str | Path, out: str | Path) -> Iterator[dict[str, Any]]:
     """What `check_worker` is to compare; puts a file into `out` that it must find."""

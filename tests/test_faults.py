@@ -1,5 +1,4 @@
 """Whatever dies, freezes or breaks while a sweep runs, it completes, and its results are those of an undisturbed one, bit for bit."""
-import json
 import os
 import random
 import shutil
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY, facevae
+from conftest import facevae
 from faults import (COMMAND, SETTINGS, all_gone, claims_of, differences, finished, kernel_of, kill, read, run_of, state_of, step_of,
                     sweep_process, tree, wait_until)
 
 HYPOTHESES = ("H5", "H9")
-FAST_BEATS = {"FACEVAE_HEARTBEAT": "0.3"}
+FAST_BEATS = {"FACEVAE_HEARTBEAT": "0.5"}
 
 
 @pytest.fixture(scope="module")
