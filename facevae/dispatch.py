@@ -89,7 +89,8 @@ class Dispatch:
                 self._round()
                 time.sleep(0.25)
         except BaseException:
-            self.stop.touch()
+            with contextlib.suppress(OSError):
+                self.stop.touch()
             until = time.monotonic() + 30
             while time.monotonic() < until and not all(future.done() for future in self.running):
                 time.sleep(0.1)
