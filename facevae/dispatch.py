@@ -18,7 +18,7 @@ from typing import Any
 from distributed import Future, get_worker
 
 from .ablation import Cell
-from .claim import STALE_BEATS, ClaimBusy, heartbeat_seconds, newest_claim, take_claim
+from .claim import STALE_BEATS, ClaimBusy, heartbeat_seconds, is_working, newest_claim, take_claim
 from .core import FaceVAEError, progress_bar
 from .crew import Crew
 from .journal import read_state, write_status
@@ -92,7 +92,7 @@ class Dispatch:
             with contextlib.suppress(OSError):
                 self.stop.touch()
             until = time.monotonic() + 30
-            while time.monotonic() < until and not all(future.done() for future in self.running):
+            while time.monotonic() < until and any(is_working(course.cell.run.path) for course in self.running.values()):
                 time.sleep(0.1)
             raise
 

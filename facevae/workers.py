@@ -95,6 +95,8 @@ def foreign_cluster(scheduler: str | None = None, scheduler_file: str | Path | N
     """
     if scheduler_file is not None and not Path(scheduler_file).is_file():
         raise FaceVAEError(f"There is no scheduler file '{scheduler_file}'. Start the cluster first, and give the file that it writes.")
+    for handler in logging.getLogger("distributed").handlers:
+        handler.setLevel(logging.CRITICAL)
     where = {"scheduler_file": str(scheduler_file)} if scheduler_file is not None else {"address": scheduler}
     try:
         client = Client(**where, timeout=15, set_as_default=False)

@@ -69,14 +69,16 @@ def test_kernels_killed_at_random_steps(store, tmp_path, same):
 def test_a_worker_is_killed(store, tmp_path, same):
     out = tmp_path / "sweep"
     process = sweep_process(store, out, ",".join(HYPOTHESES))
-    victims = []
-    for name in ("H5", "H9"):
-        kernel = wait_until(lambda: middle(out, name), f"{name} trains", process=process)
-        victims.append(claims_of(run_of(out, name))[-1]["process"]["pid"])
-        assert kill(victims[-1])
-        assert not all_gone([psutil.Process(kernel)] if psutil.pid_exists(kernel) else []), "a kernel outlived its worker"
+    victims, kernels = [], []
+    while len(victims) < 2:
+        name = wait_until(lambda: next((name for name in HYPOTHESES if middle(out, name)), None), "a run trains", process=process)
+        worker, kernel = claims_of(run_of(out, name))[-1]["process"]["pid"], kernel_of(run_of(out, name))
+        if kernel and worker not in victims and kill(worker):
+            victims.append(worker)
+            kernels.append(kernel)
     output = finished(process)
     assert output.count("Its worker is gone. It is begun again") == 2, output
+    assert not any(psutil.pid_exists(kernel) for kernel in kernels), "a kernel outlived its worker"
     same(out, faults=len(victims))
 
 
