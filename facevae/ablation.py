@@ -9,6 +9,7 @@ __all__ = ['settings_text', 'Cell', 'chosen_cells', 'plan', 'report']
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from .hypotheses import RunConfig, make_config, parse_hypotheses
 from .journal import read_json, read_state, write_pending
 from .notebooks import finish, start
 from .provenance import code_digest, record_differences
+from .records import read_sweep
 from .run import RunDirectory, run_record
 from .runner import Ending, execute_run
 from .store import FaceStore
@@ -88,6 +90,11 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
+def _asked_before(out: Path) -> dict[str, Any]:
+    """What the directory's sweep.json holds, checked, or nothing when it has none."""
+    return read_sweep(out) if os.path.lexists(out / "sweep.json") else {}
+
+
 def plan(data: str | Path, out: str | Path, hypotheses: str | Iterable[str] | None = None, seeds: Iterable[int] | None = None,
          preset: str = "quick", overrides: dict[str, Any] | None = None, only: str | None = None, accept_code: bool = False) -> list[Cell]:
     """The cells of a sweep, and its sweep.json; hypotheses and seeds of an earlier call are kept in it.
@@ -97,7 +104,7 @@ def plan(data: str | Path, out: str | Path, hypotheses: str | Iterable[str] | No
     with other settings.
     """
     store, out, overrides = FaceStore(data), Path(out), dict(overrides or {})
-    found = read_json(out / "sweep.json")
+    found = _asked_before(out)
     known = found if only else {}
     chosen = parse_hypotheses(hypotheses or [h["name"] for h in known.get("hypotheses", [])] or "all")
     seeds = list(seeds if seeds is not None else known.get("seeds") or [0])
@@ -116,7 +123,7 @@ def plan(data: str | Path, out: str | Path, hypotheses: str | Iterable[str] | No
     for cell in part:
         cell.done(store, accept_code)
     with _alone(out):
-        found = read_json(out / "sweep.json")
+        found = _asked_before(out)
         known = {h["name"]: h for h in found.get("hypotheses", [])} | {h.name: asdict(h) for h in chosen}
         record |= {"hypotheses": list(known.values()), "seeds": sorted({*found.get("seeds", []), *seeds})}
         write_text(out / "sweep.json", json.dumps(record, indent=1))

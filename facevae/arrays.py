@@ -64,17 +64,20 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     path, remedy = Path(path), "Copy the store again, or pack it again."
     if not path.is_file():
         raise FaceVAEError(f"The file '{path}' is missing. {remedy}")
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("another version of the format")
             found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        except Exception as error:  # a hostile header can fail in any way
-            raise FaceVAEError(f"'{path}' is not a numpy array that a store can hold ({error}). {remedy}") from None
-        start = file.tell()
+            start = file.tell()
+    except Exception as error:  # a hostile header can fail in any way
+        raise FaceVAEError(f"'{path}' is not a numpy array that a store can hold ({str(error)[:300]}). {remedy}") from None
     if dtype != np.uint8 or fortran or found != tuple(shape):
         raise FaceVAEError(f"'{path}' holds {dtype} {found}; expected was uint8 {tuple(shape)}. {remedy}")
     size, expected = path.stat().st_size, start + int(np.prod([int(n) for n in shape], dtype=object))
     if size != expected:
         raise FaceVAEError(f"'{path}' is {size:,} bytes long and should be {expected:,}: it was cut short or changed. {remedy}")
-    return np.memmap(path, np.uint8, "r", start, tuple(shape))
+    try:
+        return np.memmap(path, np.uint8, "r", start, tuple(shape))
+    except (OSError, ValueError, OverflowError) as error:  # a file full of holes may claim more than there are addresses
+        raise FaceVAEError(f"'{path}' cannot be mapped into memory ({error}). {remedy}") from None

@@ -16,7 +16,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import FaceVAEError, progress_bar
+from .core import FaceVAEError, printable, progress_bar
 
 # %% ../nbs/17_cli.ipynb #a978b2c1
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -180,7 +180,7 @@ def reconstruct(model: Annotated[Path, typer.Argument(help="A model: the model/ 
     from facevae.model import FaceVAE
     from facevae.reconstruct import reconstruct_files
     for path in reconstruct_files(FaceVAE.from_pretrained(model), photographs, out):
-        typer.echo(path)
+        typer.echo(printable(str(path)))
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -198,7 +198,7 @@ def main() -> None:
     """The entry point of the `facevae` command."""
     # Read by the thread library when torch is imported, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.showwarning = lambda message, *_: typer.echo(f"facevae: warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_: typer.echo(f"facevae: warning: {printable(str(message))}", err=True)
     try:
         app()
     except FaceVAEError as error:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import FaceVAEError, atomic_file, choices
+from .core import FaceVAEError, atomic_file, choices, file_digest
 from .loader import Batches
 from .maps import WINDOW
 from .metrics import METRICS, load_lpips, mask_iou, measure_views, ms_ssim_scales
 from .model import FaceVAE, composite
 from .run import RunDirectory
 from .store import FaceStore
+from .untrusted import NUMBER, OBJECT, mistyped, read_table
 
 # %% ../nbs/10_evaluation.ipynb #e1607f49
 VIEWS = ("raw", "composite", "face", "predicted")
@@ -127,21 +128,20 @@ def _rows(image_names: list[str], found: dict[str, dict[str, Tensor]]) -> pd.Dat
 def save_metrics(table: pd.DataFrame, path: str | Path) -> Path:
     """Write the rows of `evaluate`, attrs included, to a parquet file, atomically; returns the path."""
     with atomic_file(path) as partial:
-        table.to_parquet(partial, engine="pyarrow", index=False)
+        table.to_parquet(partial, engine="pyarrow", index=False, write_page_checksum=True)
     return Path(path)
 
 
 def load_metrics(path: str | Path) -> pd.DataFrame:
     """The rows of `evaluate`, attrs included. Raises FaceVAEError when the file is missing or not such a table."""
-    try:
-        table = pd.read_parquet(path, engine="pyarrow")
-    except FileNotFoundError:
-        raise FaceVAEError(f"There is no '{path}'. It is written when an evaluation ends: run it, or check the path.") from None
-    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
-        raise FaceVAEError(f"'{path}' cannot be read as a table of metrics ({error}). Evaluate the model again.") from error
-    if not {"image", "view"} <= set(table):
-        raise FaceVAEError(f"'{path}' has no columns 'image' and 'view', so it is not a table of metrics. "
-                           "Give the metrics.parquet of a run.")
+    remedy = "It is written when an evaluation ends: evaluate the run again, or give the metrics.parquet of a run."
+    table, attributes = read_table(path, remedy, texts=("image", "view"))
+    if table.empty or (unknown := set(table["view"]) - set(VIEWS)):
+        raise FaceVAEError(f"'{path}' has {'no rows' if table.empty else f'the unknown view {min(unknown)[:100]!r}'}. {remedy}")
+    wrong = mistyped(attributes, {"ms_ssim": OBJECT, "absent": OBJECT, "size": NUMBER})
+    table.attrs = {key: attributes[key] for key in ("ms_ssim", "absent", "size") if key in attributes and key not in wrong}
+    if "absent" in table.attrs:
+        table.attrs["absent"] = {name: str(reason)[:500] for name, reason in table.attrs["absent"].items() if name in METRICS}
     return table
 
 # %% ../nbs/10_evaluation.ipynb #168aec63
@@ -153,9 +153,12 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
     run, store = RunDirectory(out), FaceStore(data)
     config = run.config
     with run.claim(config, store):
-        vae = FaceVAE.from_pretrained(run.model).to("cuda" if torch.cuda.is_available() else "cpu")
-        batches = Batches(store, "test", size=config.size, parts=config.face_parts, limit=config.test_images or None)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        vae = FaceVAE.from_pretrained(run.model).to(device, memory_format=torch.channels_last)
+        # A GPU is given enough to do at a time; a processor's cache is better used by few pictures.
+        batches = Batches(store, "test", size=config.size, parts=config.face_parts, limit=config.test_images or None,
+                          batch_size=128 if device.type == "cuda" else 32, device=device)
         table = evaluate(vae, batches, progress=progress)
         save_metrics(table, run.metrics)
-        run.update(state="done")
+        run.update(state="done", metrics_sha256=file_digest(run.metrics))
     return table

@@ -72,9 +72,11 @@ class RunConfig(BaseModel):
     weights: of the loss terms. flip: mirror half of the training pictures.
     steps, batch_size, learning_rate, schedule: the optimisation; "one-cycle" rises to learning_rate over the first
     tenth of the steps and falls to zero along a cosine. adam_epsilon: Adam's. clip_norm: largest gradient norm of each
-    single variable, 0 for no clipping. precision: of the network's arithmetic; losses are always 32-bit.
+    single variable, 0 for no clipping. precision: of the network's arithmetic, "auto" for bf16 where the hardware has it;
+    losses are always 32-bit. compile: the step, "auto" for long runs on a GPU. feed: where pictures come from, "auto"
+    for a copy of the store on the GPU when it fits.
     validate_every, checkpoint_every, log_every: steps. val_images, test_images: use at most so many, 0 for all.
-    threads: of the processor, 0 for all.
+    threads: of the processor, 0 for all. processes: that share each batch, one a GPU.
     """
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,13 +99,16 @@ class RunConfig(BaseModel):
     adam_epsilon: float = Field(1e-7, gt=0)
     clip_norm: float = Field(1e-3, ge=0)
     norm_momentum: float = Field(0.01, gt=0, le=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    feed: Literal["auto", "resident", "streamed"] = "auto"
     validate_every: int = Field(4000, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     log_every: int = Field(50, ge=1)
     val_images: int = Field(0, ge=0)
     test_images: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
+    processes: int = Field(1, ge=1)
 
     @field_validator("weights")
     @classmethod
@@ -182,7 +187,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             raise FaceVAEError(f"'{setting}' is not a setting. Write --set key=value, for example --set steps=200.")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or more digits or brackets than it allows
             value = {"True": True, "False": False, "None": None}.get(text.strip(), text.strip())
         name, dot, inner = key.strip().partition(".")
         if dot:

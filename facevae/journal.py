@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .claim import is_working, newest_claim
-from .core import write_text
+from .core import FaceVAEError, write_text
+from .records import status_fields
+from .untrusted import read_object
 
 # %% ../nbs/09_journal.ipynb #bae72897
 INTERRUPTED = "Interrupted. The same command goes on from the last checkpoint."
@@ -22,16 +24,18 @@ INTERRUPTED = "Interrupted. The same command goes on from the last checkpoint."
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file; an empty one when the file is missing or not whole."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except FaceVAEError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_status(path: str | Path) -> dict[str, Any]:
     """What a run's status.json says; {"state": "pending"} when the run has not begun."""
-    status = read_json(Path(path) / "status.json")
-    return status if isinstance(status.get("state"), str) else {"state": "pending"}
+    try:
+        fields, _ = status_fields(path)
+    except FaceVAEError:
+        fields = {}
+    return fields | {"state": fields.get("state") or "pending"}
 
 
 def write_status(path: str | Path, **fields: Any) -> None:

@@ -6,6 +6,8 @@
 __all__ = ['CLASSES', 'SCHEMES', 'FACE_PARTS', 'class_ids', 'remap', 'face_mask']
 
 # %% ../nbs/00_labels.ipynb #810b04e8
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,12 +60,19 @@ def face_mask(labels: torch.Tensor, size: int | None = None, parts: tuple[str, .
     parts: names that count as face. soft: give edges about one pixel of softness.
     Returns float32 (B, 1, size, size) in [0, 1].
     """
-    table = torch.zeros(256, device=labels.device)
-    table[list(class_ids(parts))] = 1.0
+    table, tent = _mask_constants(tuple(parts), labels.device)
     mask = table[labels.int()].unsqueeze(1)  # (B, 1, H, W)
     if size is not None and size != labels.shape[-1]:
         mask = F.interpolate(mask, (size, size), mode="bilinear", antialias=True)
     elif soft:
-        tent = torch.tensor([0.25, 0.5, 0.25], device=labels.device)
-        mask = F.conv2d(F.pad(mask, (1, 1, 1, 1), mode="replicate"), (tent[:, None] * tent)[None, None])
+        mask = F.conv2d(F.pad(mask, (1, 1, 1, 1), mode="replicate"), tent)
     return mask if soft else (mask > 0.5).float()
+
+
+@functools.lru_cache(16)
+def _mask_constants(parts: tuple[str, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of 256 label values count as face, and the 3 x 3 tent that softens edges; kept, so that a batch waits for no copy."""
+    with torch.inference_mode(False):  # what is kept may be used in training later
+        table, tent = torch.zeros(256), torch.tensor([0.25, 0.5, 0.25])
+        table[list(class_ids(parts))] = 1.0
+        return table.to(device), (tent[:, None] * tent)[None, None].to(device)

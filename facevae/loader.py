@@ -6,25 +6,33 @@
 __all__ = ['sample_order', 'Batch', 'Batches']
 
 # %% ../nbs/04_loader.ipynb #6c45598d
+import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .core import FaceVAEError
+from .feed import Lookahead, Streamed, to_device
 from .labels import FACE_PARTS, face_mask
 from .store import FaceStore
 
 # %% ../nbs/04_loader.ipynb #0cf42185
+@functools.lru_cache(2)
+def _epoch(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch; two are kept, because a step asks again for the epoch of the step before."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 def sample_order(count: int, seed: int, start: int, stop: int) -> np.ndarray:
     """Positions start..stop of the endless stream of shuffled epochs over `count` samples.
 
     Each epoch is a permutation drawn from (seed, epoch) alone. Returns integers in [0, count).
     """
     epochs = range(start // count, (stop - 1) // count + 1)
-    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
+    stream = np.concatenate([_epoch(count, seed, epoch) for epoch in epochs])
     first = epochs[0] * count
     return stream[start - first:stop - first]
 
@@ -41,48 +49,82 @@ class Batches:
 
     store: a FaceStore. split: "train", "val" or "test". size: side in pixels, at most the store's (default: the
     store's). parts: label names that count as face. flip: mirror half of the training pictures. limit: use only
-    the first so many. Raises FaceVAEError for an empty split, or a size that the store cannot give.
+    the first so many. share: (index, count) of processes: each takes its part of every training batch, and every count-th batch of a pass.
+    Raises FaceVAEError for an empty split, a size that the store cannot give, or a batch that cannot be shared evenly.
+
+    feed: where the bytes come from; it may be exchanged between two batches.
     """
 
     def __init__(self, store: FaceStore, split: str, size: int | None = None, batch_size: int = 32, seed: int = 0,
-                 parts: tuple[str, ...] = FACE_PARTS, flip: bool = False, limit: int | None = None, device="cpu"):
+                 parts: tuple[str, ...] = FACE_PARTS, flip: bool = False, limit: int | None = None, device="cpu",
+                 share: tuple[int, int] = (0, 1)):
         self.store, self.size, self.batch_size, self.seed = store, size or store.size, batch_size, seed
-        self.parts, self.flip, self.device = parts, flip, torch.device(device)
+        self.parts, self.flip, self.device = tuple(parts), flip, torch.device(device)
         self.rows = store.rows(split)[:limit]
         if not len(self.rows):
             raise FaceVAEError(f"The store '{store.path}' has no pictures in its split '{split}'. Pack more pictures.")
         if self.size > store.size:
             raise FaceVAEError(f"The store '{store.path}' holds {store.size} px pictures, smaller than the {self.size} px "
                                f"asked for. Pack it again with --size {self.size}, or train with size={store.size}.")
-        self.names = store.index["name"].to_numpy()
+        if batch_size % share[1]:
+            raise FaceVAEError(f"A batch of {batch_size} pictures cannot be shared evenly by {share[1]} processes. Set batch_size to a "
+                               f"multiple of {share[1]}, or use another number of processes.")
+        self.share = share
+        self.part = slice(share[0] * batch_size // share[1], (share[0] + 1) * batch_size // share[1])
+        self.feed = Streamed(store, self.device)
+        self.ahead, self.passing = Lookahead(self._read_step), Lookahead(self._read_next)
+
+    @functools.cached_property
+    def names(self) -> np.ndarray:
+        """The name of each row of the store."""
+        return self.store.index["name"].to_numpy()
 
     def __len__(self):
         """Number of batches in one pass over the split."""
         return -(-len(self.rows) // self.batch_size)
 
-    def load(self, rows: np.ndarray, mirrored: torch.Tensor | None = None) -> Batch:
-        """The given rows of the store; mirrored: bool (B,), which of them to flip left to right."""
-        images = torch.from_numpy(self.store.images[rows]).to(self.device)  # (B, S, S, 3) uint8
+    def use(self, feed) -> None:
+        """Take the bytes from another feed from the next batch on."""
+        self.ahead.due.clear()
+        self.passing.due.clear()
+        self.feed = feed
+
+    def prepare(self, rows: np.ndarray, read: Any, mirrored: torch.Tensor | None = None) -> Batch:
+        """The batch of some rows, whose bytes the feed has read; mirrored: bool (B,), which of them to flip left to right."""
+        images, labels = self.feed.place(read)  # uint8 (B, S, S, 3) and (B, S, S)
         images = images.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, S, S), a channels-last view
-        labels = torch.from_numpy(self.store.labels[rows]).to(self.device)  # (B, S, S) uint8
         if self.size != self.store.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
         mask = face_mask(labels, self.size, self.parts)  # (B, 1, size, size)
         if mirrored is not None:
-            flip = mirrored.view(-1, 1, 1, 1).to(self.device)
+            flip = to_device(mirrored.view(-1, 1, 1, 1), self.device)
             images, mask = torch.where(flip, images.flip(3), images), torch.where(flip, mask.flip(3), mask)
         return Batch(list(self.names[rows]), images.contiguous(memory_format=torch.channels_last), mask)
 
-    def at(self, step: int) -> Batch:
-        """Training batch number `step`, counted from 0: always `batch_size` pictures, shuffled."""
+    def load(self, rows: np.ndarray) -> Batch:
+        """The given rows of the store, not mirrored."""
+        return self.prepare(rows, self.feed.read(rows))
+
+    def _read_step(self, step: int) -> tuple:
+        """What the processor has to do for training batch `step`: choose, read, draw the flips."""
         start = step * self.batch_size
-        positions = sample_order(len(self.rows), self.seed, start, start + self.batch_size)
+        positions = sample_order(len(self.rows), self.seed, start + self.part.start, start + self.part.stop)
         mirrored = None
         if self.flip:
-            mirrored = torch.from_numpy(np.random.default_rng([self.seed, step, 1]).random(self.batch_size) < 0.5)
-        return self.load(self.rows[positions], mirrored)
+            mirrored = torch.from_numpy(np.random.default_rng([self.seed, step, 1]).random(self.batch_size)[self.part] < 0.5)
+        rows = self.rows[positions]
+        return rows, self.feed.read(rows), mirrored
+
+    def _read_next(self, turn: int) -> tuple:
+        """What the processor has to do for this process' batch number `turn` of a pass over the split; nothing beyond its end."""
+        index = self.share[0] + turn * self.share[1]
+        rows = self.rows[index * self.batch_size:(index + 1) * self.batch_size]
+        return rows, self.feed.read(rows) if len(rows) else None
+
+    def at(self, step: int) -> Batch:
+        """Training batch number `step`, counted from 0: always `batch_size` pictures, or this process' part of them, shuffled."""
+        return self.prepare(*self.ahead(step))
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the split in the store's order; the last batch may be smaller."""
-        for start in range(0, len(self.rows), self.batch_size):
-            yield self.load(self.rows[start:start + self.batch_size])
+        """One pass over this process' batches of the split in the store's order; the last batch may be smaller."""
+        return (self.prepare(*self.passing(turn)) for turn, _ in enumerate(range(self.share[0], len(self), self.share[1])))

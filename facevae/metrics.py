@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import FaceVAEError, choices
-from .maps import SIGMA, VIF_WINDOWS, WINDOW, blur, centres, gaussian, mean, metric, pool_views, vif_halved
+from .maps import SIGMA, VIF_WINDOWS, WINDOW, centres, mean, metric, pool_views, vif_halved
+from .windows import blur, gaussian
 
 # %% ../nbs/07_metrics.ipynb #340e4478
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

@@ -31,8 +31,9 @@ import pandas as pd
 from . import __version__
 from .anatomy import scheme_doubts
 from .arrays import ArrayWriter, open_array
-from .core import FaceVAEError, atomic_directory, atomic_file, file_digest, progress_bar, write_text
-from .manifest import FILES, RESIZE, SPLITS, Manifest, SkippedInput, check_size, hash_split, name_problem, printable
+from .core import FaceVAEError, atomic_directory, atomic_file, file_digest, partial_prefix, printable, progress_bar, write_text
+from .manifest import FILES, RESIZE, SPLITS, Manifest, SkippedInput, check_size, hash_split
+from .untrusted import name_problem
 
 # %% ../nbs/02_packing.ipynb #97ca3a43
 @dataclass
@@ -108,7 +109,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what packs to `out` left behind when they were killed."""
-    for folder in out.parent.glob(f".{escape(out.name)}.*.partial"):
+    for folder in out.parent.glob(f"{escape(partial_prefix(out))}*.partial"):
         with contextlib.suppress(OSError), _lock(folder) as free:
             # An empty one may belong to a pack that has not come to lock it yet.
             if free and (any(folder.iterdir()) or time.time() - folder.stat().st_mtime > 60):

@@ -38,6 +38,10 @@ def open_picture(path: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         raise UnusableInput("too many pixels", f"'{path.name}' has more than {MOST_PIXELS:,}") from None
     except OSError as error:
         raise UnusableInput("cannot be read", f"'{path.name}': {error.strerror or error}") from None
+    except UnusableInput:
+        raise
+    except Exception as error:  # a hostile header can fail in any way
+        raise UnusableInput("truncated or damaged", f"'{path.name}': {str(error)[:300]}") from None
     if image.width * image.height > MOST_PIXELS:
         raise UnusableInput("too many pixels", f"'{path.name}' is {image.width} x {image.height}, more than {MOST_PIXELS:,}")
     return image

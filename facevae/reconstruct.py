@@ -77,11 +77,12 @@ def reconstruct_files(vae: FaceVAE, paths: list[Path], out: str | Path) -> list[
     for name in names:
         if names.count(name) > 1:
             raise FaceVAEError(f"Two of the pictures are named '{name}', and their results would overwrite each other. Rename one.")
-    images = [read_photograph(path) for path in paths]
+    for path in paths:
+        read_photograph(path)  # and let go: many pictures may be larger than memory
     written = []
-    for name, image in zip(names, images):
+    for name, path in zip(names, paths):
         target = Path(out) / f"{name}.png"
         with atomic_file(target) as partial:
-            reconstruct(vae, [image])[0].side_by_side().save(partial, format="PNG")
+            reconstruct(vae, [read_photograph(path)])[0].side_by_side().save(partial, format="PNG")
         written.append(target)
     return written

@@ -28,6 +28,7 @@ from .hypotheses import RunConfig
 from .journal import INTERRUPTED, read_json, read_state, read_status, saved_step, write_status
 from .provenance import code_digest, record_differences
 from .store import FaceStore
+from .untrusted import inside, read_bytes
 
 # %% ../nbs/09_run.ipynb #128c5698
 def run_record(config: RunConfig, store: FaceStore) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class RunDirectory:
         """A path below the run. Raises ClaimLost when this process had claimed the run and another has taken it."""
         if self._claim:
             self._claim.check()
+            return inside(self.path, name)
         return self.path / name
 
     checkpoints = property(lambda self: self._at("checkpoint"))
@@ -88,7 +90,9 @@ class RunDirectory:
 
     def update(self, **fields: Any) -> None:
         """Change fields of status.json."""
-        write_status(self._at(""), **fields)
+        if self._claim:
+            self._claim.check()
+        write_status(self.path, **fields)
 
     def log(self, kind: str, step: int, raw: dict[str, Any], weighted: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Append one line to log.jsonl, with the loss terms as plain numbers; returns it."""
@@ -102,7 +106,7 @@ class RunDirectory:
         """Drop what was logged after `step`: a run that goes on from a checkpoint logs it again."""
         log = self._at("log.jsonl")
         if log.exists():
-            write_text(log, "".join(line for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(log, "".join(line for line in read_bytes(log, 2**30).decode(errors="replace").splitlines(keepends=True)
                                     if _step_of(line) <= step))
 
     def save_samples(self, step: int, image) -> None:
@@ -168,6 +172,6 @@ def describe(error: BaseException) -> str:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return float("inf")

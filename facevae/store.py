@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .arrays import open_array
-from .core import FaceVAEError, choices, file_digest
+from .core import FaceVAEError, choices, file_digest, printable
 from .labels import CLASSES
 from .manifest import FILES, SPLITS, read_index, read_manifest
 from .packing import Source, write_store
@@ -117,8 +117,8 @@ class FaceStore:
     def __repr__(self) -> str:
         splits = ", ".join(f"{len(self.rows(split))} {split}" for split in SPLITS)
         return (f"FaceStore('{self.path}'): {len(self)} faces of {self.size} x {self.size} pixels ({splits}), "
-                f"{self.attributes.shape[1]} attributes, from {self.manifest.source.get('kind', 'an unnamed source')}"
-                + "".join(f"\nNote: {note}" for note in self.manifest.notes))
+                f"{self.attributes.shape[1]} attributes, from {printable(str(self.manifest.source.get('kind', 'an unnamed source'))[:100])}"
+                + "".join(f"\nNote: {printable(note[:500])}" for note in self.manifest.notes[:20]))
 
 # %% ../nbs/02_store.ipynb #3173050b
 def pack(source: Source, out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True) -> FaceStore:

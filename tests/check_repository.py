@@ -128,8 +128,41 @@ def parameters_are_tagged():
             yield f"{path.relative_to(ROOT)} needs exactly one cell tagged 'parameters'"
 
 
+# What runs code that stands in a file, or can be made to: by module, by function, by argument.
+EXECUTING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code", "codeop", "yaml"}
+EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "torch.load", "torch.jit.load", "torch.package", "torch.hub.load", "os.system", "os.popen",
+                   "pd.read_pickle", "pandas.read_pickle", "np.fromregex", "numpy.fromregex", "np.lib.format.read_array", "pd.eval", "tempfile.mktemp"}
+EXECUTING_METHODS = {"to_pickle", "read_pickle", "query"}
+SAFE_ARGUMENTS = {"np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False), "jinja2.Environment": ("autoescape", True), "jinja2.Template": ("autoescape", True)}
+
+
+def executing(source: str):
+    """What in a Python source may run code from a file: (line, what)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            yield from ((node.lineno, f"imports {module}") for module in modules if module.split(".")[0] in EXECUTING_MODULES)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            arguments = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+            if name in EXECUTING_CALLS or name.rpartition(".")[2] in EXECUTING_METHODS:
+                yield node.lineno, f"calls {name}"
+            if name in SAFE_ARGUMENTS and arguments.get(SAFE_ARGUMENTS[name][0]) is not SAFE_ARGUMENTS[name][1]:
+                yield node.lineno, f"calls {name} without {SAFE_ARGUMENTS[name][0]}={SAFE_ARGUMENTS[name][1]}"
+            for argument, bad in (("allow_pickle", True), ("shell", True), ("weights_only", False), ("trust_remote_code", True)):
+                if arguments.get(argument) is bad:
+                    yield node.lineno, f"calls {name} with {argument}={bad}"
+
+
+def nothing_executes_files():
+    """The library holds nothing that could run code from a file: no pickle, no eval, no shell."""
+    for path in sorted((ROOT / "facevae").glob("*.py")):
+        for line, what in executing(path.read_text(encoding="utf-8")):
+            yield f"facevae/{path.name}:{line} {what}, which may run code from a file"
+
+
 CHECKS = (notebooks_are_clean, library_is_exported, readme_is_rendered, environment_names_the_requirements,
-          imports_go_downwards, parameters_are_tagged)
+          imports_go_downwards, parameters_are_tagged, nothing_executes_files)
 
 if __name__ == "__main__":
     if "--write-readme" in sys.argv:

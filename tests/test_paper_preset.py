@@ -15,8 +15,9 @@ from facevae.hypotheses import HYPOTHESES, make_config, parse_settings
 from facevae.labels import face_mask
 from facevae.model import FaceVAE
 from facevae.pictures import read_picture
+from facevae.step import clip_each, learning_rate
 from facevae.store import FaceStore
-from facevae.training import Trainer, clip_each, learning_rate, train
+from facevae.training import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_budget():
     assert config.steps * config.batch_size == 12_800_000 and config.batch_size == 32
     assert config.validate_every == 4000 and config.steps == 100 * config.validate_every
     assert config.val_images == config.test_images == 0, "validation and test use every picture"
-    assert (config.size, config.width, config.latent_dim, config.precision, config.flip) == (144, 1, 512, "fp32", False)
+    assert (config.size, config.width, config.latent_dim, config.flip) == (144, 1, 512, False)
 
 
 def test_optimiser(trainer):

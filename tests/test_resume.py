@@ -65,11 +65,30 @@ def test_damaged_checkpoints_are_passed_over(store, tmp_path, same):
         errors = process.communicate()[1]
         path = newest(out)
         path.write_bytes(damage(path.read_bytes()))
-    assert "is damaged" in errors
+    assert "is passed over" in errors
     assert path.name in ends(training(store, out))
     notes = read(out / "status.json")["notes"]
     assert len(notes) == 2 and path.name in notes[1] and "the one before it is used" in notes[1]
     same(out, faults=2)
+
+
+@pytest.mark.parametrize("when", ["under way", "at the end"])
+def test_damaged_best_weights_are_found_again(store, tmp_path, same, when):
+    """They cannot be copied from anywhere, so training goes back far enough to meet them again."""
+    out = tmp_path / "run"
+    process = training(store, out)
+    if when == "under way":
+        wait_until(lambda: step_of(out) >= 14, "step 14", process=process)
+        process.kill()
+        process.communicate()
+    else:
+        ends(process)
+    best = out / "checkpoint" / "best.safetensors"
+    data = bytearray(best.read_bytes())
+    data[len(data) // 2] ^= 4
+    best.write_bytes(data)
+    ends(training(store, out))
+    same(out)
 
 
 @contextlib.contextmanager
@@ -97,7 +116,7 @@ def test_full_disk_leaves_the_old_checkpoint_whole(store, tmp_path, same):
         saved = newest(out)
         filler.unlink()
         assert step_of(out) < 60 and state_of(out) in ("running", "failed")
-        assert "damaged" not in ends(training(store, out)), f"{saved} was not whole"
+        assert "passed over" not in ends(training(store, out)), f"{saved} was not whole"
         same(out)
 
 
