@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import FaceVAEError
-from .journal import read_json, read_state
+from .journal import read_state
+from .records import read_sweep
 
 # %% ../nbs/11_status.ipynb #d75dfa61
 COLUMNS = ("hypothesis", "seed", "state", "step", "steps", "loss", "images_per_second", "seconds_left", "host", "pid", "heartbeat", "seconds",
@@ -30,11 +30,8 @@ def sweep_status(path: str | Path) -> pd.DataFrame:
     spent on it; and error, with the notebook cell that raised it. Raises FaceVAEError when there is no sweep.
     """
     path = Path(path)
-    asked = read_json(path / "sweep.json")
-    try:
-        runs = [(str(h["name"]), int(seed)) for h in asked["hypotheses"] for seed in asked["seeds"]]
-    except (KeyError, TypeError, ValueError):
-        raise FaceVAEError(f"'{path}' is not a sweep: it has no sweep.json that can be read. Give the --out of facevae ablate.") from None
+    asked = read_sweep(path)
+    runs = [(h["name"], seed) for h in asked["hypotheses"] for seed in asked["seeds"]]
     rows = []
     for hypothesis, seed in runs:
         found = read_state(path / hypothesis / f"seed{seed}")

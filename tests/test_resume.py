@@ -177,7 +177,7 @@ def test_killed_command_leaves_nobody_training(store, tmp_path, tally):
 
 def test_interrupt_says_so_and_resumes(store, tmp_path, tally):
     out = tmp_path / "run"
-    arguments = command(store, out, "steps=90")
+    arguments = command(store, out, "steps=90", "checkpoint_every=10", "validate_every=30")
     process = started(arguments)
     wait_until(lambda: step_of(out) >= 3, "step 3", process=process)
     process.send_signal(signal.SIGINT)
