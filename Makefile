@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-# Threads that spin while they wait for each other make a busy machine crawl.
+# Threads that spin for long while they wait for each other make a busy machine crawl.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help demo test test-slow check notebooks readme clean
 .DELETE_ON_ERROR:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'pack_app', 'Out', 'Data', 'Size', 'Preset', 'Settings', 'MaxBad', 'AcceptCode', 'Overwrite', 'pack_synthetic',
            'pack_folder', 'verify', 'train', 'ablate', 'status', 'make_report', 'import_original', 'reconstruct',
-           'parse_seeds', 'main']
+           'parse_seeds', 'bench', 'main']
 
 # %% ../nbs/17_cli.ipynb #5d546b22
 import os
@@ -16,7 +16,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import FaceVAEError, printable, progress_bar
+from .core import THREADS_WAIT, FaceVAEError, printable, progress_bar
 
 # %% ../nbs/17_cli.ipynb #a978b2c1
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -193,11 +193,31 @@ def parse_seeds(text: str) -> list[int]:
         raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
     return list(dict.fromkeys(seeds))
 
+# %% ../nbs/17_cli.ipynb #71478382
+@app.command()
+def bench(out: Annotated[Optional[Path], typer.Option("--out", metavar="FILE.json", help="Save the result as JSON, and its plot beside it as PNG and PDF.")] = None,
+          only: Annotated[Optional[str], typer.Option(help="Comma-separated: reference, step, resident, evaluation, packing, drawing, opening, roofline. [default: all]")] = None,
+          recipes: Annotated[Optional[str], typer.Option(help="Comma-separated: quick (72 px, small) and paper (H9 at 144 px). [default: both]")] = None,
+          seconds: Annotated[float, typer.Option(min=0, help="About how long the contestants of each recipe take turns, at least two turns each.")] = 20,
+          steps: Annotated[int, typer.Option(min=0, help="Turns of a single step for each contestant, instead of a time.")] = 0,
+          quick: Annotated[bool, typer.Option("--quick", help="The quick recipe alone, for a few seconds.")] = False, settings: Settings = None):
+    """Measure this machine: images a second beside a plain training loop, peak memory, and the roofline."""
+    from facevae.bench import format_benchmark, run_benchmark, save_benchmark
+    from facevae.hypotheses import parse_settings
+    if out and out.suffix != ".json":
+        raise FaceVAEError(f"--out names the JSON file, for example {out.with_suffix('.json')}; the plot is written beside it.")
+    table = run_benchmark(only, recipes or ("quick" if quick else None), min(seconds, 5) if quick else seconds, steps,
+                          parse_settings(settings or []), progress=True)
+    typer.echo(format_benchmark(table))
+    if out:
+        typer.echo(f"Saved: {save_benchmark(table, out)}")
+
+
 # %% ../nbs/17_cli.ipynb #cfd2a616
 def main() -> None:
     """The entry point of the `facevae` command."""
-    # Read by the thread library when torch is imported, which no command has done yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in THREADS_WAIT.items():  # no command has imported torch yet
+        os.environ.setdefault(name, value)
     warnings.showwarning = lambda message, *_: typer.echo(f"facevae: warning: {printable(str(message))}", err=True)
     try:
         app()
@@ -208,5 +228,6 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ending:
         if ending.code == 130:  # Ctrl-C, which typer turns into this
-            typer.echo("\nfacevae: interrupted. The same command goes on where it stopped.", err=True)
+            more = "Nothing was saved." if sys.argv[1:2] == ["bench"] else "The same command goes on where it stopped."
+            typer.echo(f"\nfacevae: interrupted. {more}", err=True)
         raise

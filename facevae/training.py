@@ -18,7 +18,7 @@ from torch import nn
 
 from .checkpoint import load_best, load_checkpoint, save_best, save_checkpoint
 from .core import FaceVAEError, atomic_directory, progress_bar
-from .device import choose_compile, choose_precision, device_name, threads
+from .device import choose_compile, choose_precision, device_name, keep_freed_memory, threads
 from .feed import choose_feed, to_device
 from .hypotheses import RunConfig
 from .loader import Batch, Batches
@@ -46,6 +46,7 @@ class Trainer:
         self.share = accelerator.process_index, accelerator.num_processes
         self.precision = precision or choose_precision(config.precision, self.device)
         self.compiled = choose_compile(config.compile, self.device, config.steps)
+        keep_freed_memory()
         torch.manual_seed(config.seed)
         model = FaceVAE(config.model).to(self.device, memory_format=torch.channels_last)
         for module in model.modules():
