@@ -55,9 +55,10 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def worker_environment(worker: int, workers: int) -> dict[str, str]:
-    """The environment of a worker of this machine: its share of processor threads, and its GPU when there is one."""
+    """The environment of a worker of this machine: its share of processor threads, and of the GPUs when there are any."""
     gpus = visible_gpus()
-    return thread_environment(max(1, processors() // workers)) | ({"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {})
+    mine = gpus[worker::workers] or gpus and [gpus[worker % len(gpus)]]
+    return thread_environment(max(1, processors() // workers)) | ({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
 
 # %% ../nbs/10_workers.ipynb #27c6a54b
 def dask_setup(worker) -> None:
