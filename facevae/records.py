@@ -16,7 +16,7 @@ from .untrusted import NUMBER, OBJECT, TEXT, TEXTS, mistyped, name_problem, read
 
 # %% ../nbs/08_records.ipynb #1b65a370
 STATUS = {name: NUMBER for name in ("step", "steps", "seconds", "seconds_left", "images_per_second", "loss", "best_step", "best_loss", "pid", "updated")} | {
-    "state": TEXT, "error": TEXT, "host": TEXT, "device": TEXT, "versions": OBJECT, "notes": TEXTS}
+    "state": TEXT, "error": TEXT, "cell": TEXT, "host": TEXT, "device": TEXT, "versions": OBJECT, "notes": TEXTS}
 
 
 def status_fields(path: str | Path) -> tuple[dict[str, Any], list[str]]:

@@ -32,7 +32,7 @@ from .loader import Batches
 from .manifest import check_size
 from .model import FaceVAE, composite
 from .narrative import all_tables, authors_table, cell, findings, gains_section, left
-from .run import read_json
+from .journal import read_json
 from .store import FaceStore
 from .style import notice, png, save
 from .sweeps import Sweep, load_sweep

@@ -15,6 +15,7 @@ import pandas as pd
 
 from .core import FaceVAEError, file_digest
 from .evaluation import load_metrics
+from .journal import read_state
 from .records import read_sweep, status_fields
 from .untrusted import NUMBER, mistyped, read_bytes, read_object
 
@@ -61,6 +62,8 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
         return {**cell, "error": "never started"}, metrics, log
     try:
         status, wrong = status_fields(path)
+        if status.get("state") == "running":
+            status = read_state(path)
         if wrong:
             raise FaceVAEError(f"in status.json, {'; '.join(wrong)}")
         cell |= {key: status.get(key) for key in ("step", "steps", "seconds", "device", "versions")}

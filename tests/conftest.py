@@ -34,6 +34,24 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
 
 
+COUNTS = {"faults": 0, "runs": 0, "differences": 0}
+
+
+@pytest.fixture
+def tally(record_property):
+    """Counts faults injected, runs completed and differences found, for the test's record and the summary of all."""
+    def count(**numbers):
+        for name, number in numbers.items():
+            COUNTS[name] += number
+            record_property(name, number)
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS["faults"]:
+        terminalreporter.write_line("Faults injected: {faults}; runs completed: {runs}; differences found: {differences}".format(**COUNTS))
+
+
 def facevae(*arguments, cwd=None, check=True, **variables):
     """Run the facevae command; returns the finished process, its output as text."""
     done = subprocess.run([str(Path(sys.executable).parent / "facevae"), *map(str, arguments)], cwd=cwd, text=True,
