@@ -25,7 +25,7 @@ from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from . import __version__
 from .claim import machine
-from .core import FaceVAEError
+from .core import THREADS_WAIT, FaceVAEError
 from .manifest import read_manifest
 from .provenance import code_digest
 
@@ -50,8 +50,7 @@ def default_workers() -> int:
 
 def thread_environment(threads: int) -> dict[str, str]:
     """Environment variables for a process that computes with so many threads."""
-    # Threads that spin while they wait for each other bring a machine that is also used otherwise to a halt.
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | THREADS_WAIT
 
 
 def worker_environment(worker: int, workers: int) -> dict[str, str]:
