@@ -88,6 +88,7 @@ def main(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such 
             print(f"facevae: {error}", file=sys.stderr)
         sys.exit(1)
 
-
+# %% ../nbs/10_launch.ipynb #fcfa03bc
+#| eval: false
 if __name__ == "__main__" and "ipykernel" not in sys.modules:  # not in this notebook
     typer.run(main)
