@@ -20,7 +20,7 @@ from .core import FaceVAEError, choices, write_text
 from .hypotheses import RunConfig, make_config, parse_hypotheses
 from .journal import read_json, read_state, write_pending
 from .notebooks import finish, start
-from .provenance import code_digest, record_differences
+from .provenance import record_differences
 from .records import read_sweep
 from .run import RunDirectory, run_record
 from .runner import Ending, execute_run

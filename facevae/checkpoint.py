@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from .core import FaceVAEError, atomic_file
+from .core import FaceVAEError, ask_guards, atomic_file
 from .tensors import read_tensors, save_tensors
 from .untrusted import inside
 
@@ -90,6 +90,7 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, optimizer: 
     found = sorted(folder.glob("step-*.safetensors"))
     past = [old for old in found if old.name <= path.name]
     for old in {*found} - {*past[-KEEP:]}:
+        ask_guards(old)
         old.unlink()
     return path
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .claim import guard_claim
 from .core import FaceVAEError, atomic_file
 
 # %% ../nbs/10_notebooks.ipynb #b25deef3
@@ -149,6 +150,7 @@ def stop(process: subprocess.Popen) -> None:
 def _child() -> None:
     """What the process runs: the notebook, then its error, if any, as one JSON line."""
     job = json.loads(sys.argv[-1])
+    guard_claim()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # may be started by a worker that ignores Ctrl-C
 
     def fail(**failure):

@@ -99,6 +99,7 @@ class RunDirectory:
         raw, weighted = ({name: float(value) for name, value in part.items()} for part in (raw, weighted))
         entry = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted, **more}
         with open(self._at("log.jsonl"), "a", encoding="utf-8") as file:
+            self._at("log.jsonl")  # again: whoever takes the run over replaces the file, so what was opened before that is nobody's
             file.write(json.dumps(entry) + "\n")
         return entry
 
@@ -135,6 +136,7 @@ class RunDirectory:
                 yield self
                 ending = {"state": "trained"} if self.status["state"] == "running" else {}
             except BaseException as error:
+                self._claim.check()
                 stopped = isinstance(error, KeyboardInterrupt)
                 ending = {"state": "interrupted" if stopped else "failed", "error": describe(error)}
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .claim import STALE_BEATS, Claim, ClaimBusy, ClaimLost, kill, newest_claim, take_claim
+from .claim import STALE_BEATS, Claim, ClaimBusy, ClaimLost, newest_claim, take_claim
 from .core import write_text
 from .journal import INTERRUPTED, read_json, read_status, saved_step, write_status
 from .notebooks import Failure, finish, start
+from .processes import kill
 from .provenance import record_differences
 
 # %% ../nbs/10_runner.ipynb #45352099

@@ -24,9 +24,9 @@ import dask
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
 from . import __version__
-from .claim import machine
 from .core import THREADS_WAIT, FaceVAEError
 from .manifest import read_manifest
+from .processes import machine
 from .provenance import code_digest
 
 # %% ../nbs/10_workers.ipynb #d77c5711
