@@ -98,6 +98,7 @@ class RunDirectory:
         """Append one line to log.jsonl, with the loss terms as plain numbers; returns it."""
         raw, weighted = ({name: float(value) for name, value in part.items()} for part in (raw, weighted))
         entry = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted, **more}
+        inside(self.path, "log.jsonl")
         with open(self._at("log.jsonl"), "a", encoding="utf-8") as file:
             self._at("log.jsonl")  # again: whoever takes the run over replaces the file, so what was opened before that is nobody's
             file.write(json.dumps(entry) + "\n")
@@ -112,6 +113,7 @@ class RunDirectory:
 
     def save_samples(self, step: int, image) -> None:
         """Keep a picture of reconstructions after `step` steps, and show it as samples.png."""
+        inside(self.path, "samples")
         self._at("samples").mkdir(exist_ok=True)
         for target in (self.path / "samples" / f"{step:08d}.png", self.samples):
             with atomic_file(target) as partial:

@@ -71,6 +71,7 @@ def rendered_readme() -> str:
     from nbconvert import MarkdownExporter
     text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
     text = re.sub(r'(src="|\]\()(images/|\w+\.ipynb)', r"\1nbs/\2", text)
+    text = text.replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
