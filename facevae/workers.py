@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['processors', 'visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'dask_setup',
-           'local_cluster', 'foreign_cluster', 'worker_check', 'first_gpu', 'check_worker']
+           'local_cluster', 'foreign_cluster', 'worker_check', 'first_gpu', 'check_worker', 'work']
 
 # %% ../nbs/10_workers.ipynb #7bce8e43
 import contextlib
@@ -14,20 +14,23 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed import Client, Nanny, Scheduler, SpecCluster, get_worker
 
 from . import __version__
 from .core import THREADS_WAIT, FaceVAEError
 from .manifest import read_manifest
 from .processes import machine
 from .provenance import code_digest
+from .runner import Ending, execute_run
 
 # %% ../nbs/10_workers.ipynb #d77c5711
 def processors() -> int:
@@ -160,3 +163,20 @@ def first_gpu() -> str | None:
 def check_worker(check: dict[str, Any]) -> dict[str, Any]:
     """What a worker is, and its problem with the work, or None. check: from `worker_check`."""
     return {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "gpu": first_gpu(), "problem": _problem(check)}
+
+# %% ../nbs/10_workers.ipynb #0b065132
+_AT_WORK = threading.Lock()
+
+
+def work(job: dict[str, Any]) -> dict[str, str]:
+    """Execute a run on a Dask worker, unless it is at work already; returns an Ending as a dictionary."""
+    if not _AT_WORK.acquire(blocking=False):
+        return asdict(Ending("worker busy"))
+    try:
+        def poll():
+            if Path(job["stop"]).exists():
+                raise KeyboardInterrupt
+        environment = {} if job["local"] else thread_environment(get_worker().state.nthreads)
+        return asdict(execute_run(**job["run"], environment=environment, poll=poll))
+    finally:
+        _AT_WORK.release()

@@ -35,7 +35,7 @@ def sweep_process(store, out, hypotheses, settings=SETTINGS, environment=None, *
                             env=os.environ | (environment or {}))
 
 
-def finished(process: subprocess.Popen, timeout: float = 240) -> str:
+def finished(process: subprocess.Popen, timeout: float = 600) -> str:
     """Wait for a process that must end well; returns its output."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0 and "Traceback" not in output, output
@@ -70,7 +70,7 @@ def claims_of(run: Path) -> list[dict]:
     return [read(path) for path in sorted((run / "claims").glob("*.json"))]
 
 
-def wait_until(condition, what: str, timeout: float = 90, process: subprocess.Popen | None = None):
+def wait_until(condition, what: str, timeout: float = 240, process: subprocess.Popen | None = None):
     """Wait until a condition holds; returns what it gave."""
     until = time.monotonic() + timeout
     while not (found := condition()):
@@ -93,7 +93,7 @@ def tree(pid: int) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def all_gone(processes: list[psutil.Process], timeout: float = 20) -> list[psutil.Process]:
+def all_gone(processes: list[psutil.Process], timeout: float = 60) -> list[psutil.Process]:
     """Those that are still there after a while."""
     _, alive = psutil.wait_procs(processes, timeout=timeout)
     return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

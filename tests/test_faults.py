@@ -176,7 +176,7 @@ def test_interrupted_by_ctrl_c(store, tmp_path, same):
     family = tree(process.pid)
     assert set(listening(process.pid)) == {"0100007F"}, "something listens on another address than 127.0.0.1"
     os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=200)
     assert process.returncode == 130 and "facevae: interrupted. The same command goes on where it stopped." in errors
     assert "Traceback" not in output + errors and "distributed" not in output + errors and "Dashboard: http://127.0.0.1" in output
     assert not all_gone(family), "something outlived the command"
@@ -242,7 +242,7 @@ def test_a_worker_that_cannot_do_the_work_is_named(store, tmp_path, cluster, tal
     with Client(scheduler_file=cluster.file) as client:
         client.wait_for_workers(2)
     process = sweep_process(store, out, "H5", scheduler_file=cluster.file)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 1 and "has other code of facevae" in output and "Nothing was started" in output, output
     assert "127.0.0.1" in output and "Traceback" not in output and not claims_of(run_of(out, "H5"))
     tally(faults=1)

@@ -30,7 +30,7 @@ def training(store, out, *settings, cwd=None, **environment):
 
 def ends(process) -> str:
     """Wait for a process that must end well; returns its errors."""
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return errors
 
@@ -111,7 +111,7 @@ def test_full_disk_leaves_the_old_checkpoint_whole(store, tmp_path, same):
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(65536))
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode != 0 and "No space left on device" in errors and "Free some space" in errors
         saved = newest(out)
         filler.unlink()
@@ -135,7 +135,7 @@ def sleeps(store, out, moment: int) -> int:
     ends(training(store, out, **fast))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     kill(sleeper.pid, signal.SIGCONT)
-    _, errors = sleeper.communicate(timeout=60)
+    _, errors = sleeper.communicate(timeout=200)
     assert sleeper.returncode != 0 and "was taken over by another process" in errors, errors
     assert len(claims_of(out)) == 2
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -194,7 +194,7 @@ def test_interrupt_says_so_and_resumes(store, tmp_path, tally):
     process = started(arguments)
     wait_until(lambda: step_of(out) >= 3, "step 3", process=process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 130 and "interrupted" in errors.lower() and "Traceback" not in errors
     assert state_of(out) == "interrupted"
     facevae(*arguments)
