@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from .core import FaceVAEError, atomic_file, choices, file_digest
 from .loader import Batches
-from .maps import WINDOW
 from .metrics import METRICS, load_lpips, mask_iou, measure_views, ms_ssim_scales
 from .model import FaceVAE, composite
 from .run import RunDirectory
 from .store import FaceStore
 from .untrusted import NUMBER, OBJECT, mistyped, read_table
+from .windows import WINDOW
 
 # %% ../nbs/10_evaluation.ipynb #e1607f49
 VIEWS = ("raw", "composite", "face", "predicted")

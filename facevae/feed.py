@@ -132,7 +132,11 @@ class Lookahead:
                 self.due[later] = self.pool.submit(self.make, later)
         return found.result()
 
+    def forget(self) -> None:
+        """Drop what was made ahead."""
+        self.due.clear()
+
     def close(self) -> None:
         """Forget what was made ahead and end the thread."""
-        self.due.clear()
+        self.forget()
         self.pool.shutdown(wait=False, cancel_futures=True)

@@ -85,8 +85,8 @@ class Batches:
 
     def use(self, feed) -> None:
         """Take the bytes from another feed from the next batch on."""
-        self.ahead.due.clear()
-        self.passing.due.clear()
+        self.ahead.forget()
+        self.passing.forget()
         self.feed = feed
 
     def prepare(self, rows: np.ndarray, read: Any, mirrored: torch.Tensor | None = None) -> Batch:
@@ -127,4 +127,4 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over this process' batches of the split in the store's order; the last batch may be smaller."""
-        return (self.prepare(*self.passing(turn)) for turn, _ in enumerate(range(self.share[0], len(self), self.share[1])))
+        return (self.prepare(*self.passing(turn)) for turn in range(len(range(self.share[0], len(self), self.share[1]))))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import FaceVAEError, choices
-from .maps import SIGMA, VIF_WINDOWS, WINDOW, centres, mean, metric, pool_views, vif_halved
-from .windows import blur, gaussian
+from .maps import VIF_WINDOWS, centres, mean, metric, pool_views, vif_halved
+from .windows import SSIM_WINDOW, WINDOW, blur, gaussian
 
 # %% ../nbs/07_metrics.ipynb #340e4478
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -57,7 +57,7 @@ def ms_ssim(pair, weight):
         if weight is None:
             factor = factor.mean((-2, -1))
         else:
-            under = blur(weight, gaussian(WINDOW, SIGMA))
+            under = blur(weight, SSIM_WINDOW)
             factor = (factor * under).sum((-2, -1)) / under.sum((-2, -1))
             padding = [side % 2 for side in weight.shape[-2:]]
             weight = F.avg_pool2d(weight, 2, padding=padding, count_include_pad=False)

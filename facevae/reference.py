@@ -24,7 +24,7 @@ from torchvision.transforms.functional import to_tensor
 
 from .hypotheses import RunConfig
 from .labels import CLASSES, FACE_PARTS
-from .measure import cores
+from .processes import processors
 from .model import ModelConfig
 from .step import learning_rate
 from .synthetic import draw_faces
@@ -155,7 +155,7 @@ class PlainTraining:
         dataset = PlainFaces(folder, config.size, config.flip)
         endless = RandomSampler(dataset, replacement=True, num_samples=10**9)
         before = set(active_children())
-        self.batches = iter(DataLoader(dataset, config.batch_size, sampler=endless, num_workers=min(8, cores()) if workers is None else workers,
+        self.batches = iter(DataLoader(dataset, config.batch_size, sampler=endless, num_workers=min(8, processors()) if workers is None else workers,
                                        pin_memory=device.type == "cuda"))
         self.workers = [process for process in active_children() if process not in before]
         self.history = []

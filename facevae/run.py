@@ -47,12 +47,14 @@ class RunDirectory:
         self.path = Path(path)
         self._claim: Claim | None = None
 
-    def _at(self, name: str) -> Path:
-        """A path below the run. Raises ClaimLost when this process had claimed the run and another has taken it."""
+    def _at(self, name: str, writing: bool = False) -> Path:
+        """A path below the run. Raises ClaimLost when this process had claimed the run and another has taken it.
+
+        writing: even without a claim, refuse a path that leads out of the run.
+        """
         if self._claim:
             self._claim.check()
-            return inside(self.path, name)
-        return self.path / name
+        return inside(self.path, name) if self._claim or writing else self.path / name
 
     checkpoints = property(lambda self: self._at("checkpoint"))
     model = property(lambda self: self._at("model"))
@@ -98,8 +100,7 @@ class RunDirectory:
         """Append one line to log.jsonl, with the loss terms as plain numbers; returns it."""
         raw, weighted = ({name: float(value) for name, value in part.items()} for part in (raw, weighted))
         entry = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted, **more}
-        inside(self.path, "log.jsonl")
-        with open(self._at("log.jsonl"), "a", encoding="utf-8") as file:
+        with open(self._at("log.jsonl", writing=True), "a", encoding="utf-8") as file:
             self._at("log.jsonl")  # again: whoever takes the run over replaces the file, so what was opened before that is nobody's
             file.write(json.dumps(entry) + "\n")
         return entry
@@ -113,8 +114,7 @@ class RunDirectory:
 
     def save_samples(self, step: int, image) -> None:
         """Keep a picture of reconstructions after `step` steps, and show it as samples.png."""
-        inside(self.path, "samples")
-        self._at("samples").mkdir(exist_ok=True)
+        self._at("samples", writing=True).mkdir(exist_ok=True)
         for target in (self.path / "samples" / f"{step:08d}.png", self.samples):
             with atomic_file(target) as partial:
                 image.save(partial, format="PNG")

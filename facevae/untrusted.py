@@ -48,12 +48,17 @@ def inside(folder: str | Path, name: str) -> Path:
 MOST_JSON = 256 * 2**20  # bytes: a manifest that lists a million skipped inputs; anything else is a few KB
 
 
+def _require_file(path: Path, remedy: str) -> None:
+    """Raise FaceVAEError unless `path` is a file."""
+    if not path.is_file():
+        raise FaceVAEError(f"'{path}' is not a file. {remedy}" if os.path.lexists(path) else f"The file '{path}' is missing. {remedy}")
+
+
 def read_bytes(path: str | Path, most: int, remedy: str = "Copy it again, or make it again.") -> bytes:
     """The content of a file of at most `most` bytes. Raises FaceVAEError when it is missing, larger, or not a file."""
     path = Path(path)
     try:
-        if not path.is_file():
-            raise FaceVAEError(f"The file '{path}' is missing. {remedy}" if not os.path.lexists(path) else f"'{path}' is not a file. {remedy}")
+        _require_file(path, remedy)
         with open(path, "rb") as file:
             data = file.read(most + 1)
     except (OSError, ValueError) as error:
@@ -111,8 +116,7 @@ def read_table(path: str | Path, remedy: str, texts: tuple[str, ...]) -> tuple[p
     Raises FaceVAEError when it is missing, damaged, without one of `texts`, or holds anything else or anything endless.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FaceVAEError(f"The file '{path}' is missing. {remedy}" if not os.path.lexists(path) else f"'{path}' is not a file. {remedy}")
+    _require_file(path, remedy)
     try:
         with parquet.ParquetFile(path) as file:
             _check_columns(file, texts)
