@@ -39,7 +39,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 # %% ../nbs/09_provenance.ipynb #b05b2d80
-LOOSE = {"data", "threads", "processes", "feed", "facevae_version"}
+LOOSE = {"data", "data_source", "label_scheme", "threads", "processes", "feed", "facevae_version"}
 
 
 def record_differences(asked: dict[str, Any], found: dict[str, Any], but: frozenset[str] | set[str] = frozenset()) -> list[str]:

@@ -34,6 +34,7 @@ from .untrusted import inside, read_bytes
 def run_record(config: RunConfig, store: FaceStore) -> dict[str, Any]:
     """What config.json holds: every setting, which faces, and which code."""
     return config.model_dump(mode="json") | {"data": str(store.path), "data_fingerprint": store.fingerprint,
+                                             "data_source": store.manifest.source, "label_scheme": store.manifest.scheme,
                                              "facevae_version": __version__, "code": code_digest()}
 
 # %% ../nbs/09_run.ipynb #44a15de7

@@ -22,6 +22,7 @@ from .core import FaceVAEError, choices, printable
 from .labels import CLASSES, SCHEMES
 from .manifest import check_size
 from .packing import Faces, Skipped
+from .parsing_record import label_scheme
 from .pictures import UnusableInput, read_labels, read_picture
 from .synthetic import draw_faces
 from .untrusted import read_bytes
@@ -71,20 +72,18 @@ def map_ahead(function: Callable, items: Iterable, workers: int | None = None, a
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def in_batches(results: Iterable[tuple | Skipped], attributes: pd.DataFrame | None = None, splits: pd.Series | None = None,
+def in_batches(results: Iterable[tuple | Skipped], known: Callable[[list[str]], tuple] = lambda names: (None, None),
                batch: int = 32) -> Generator[Faces | Skipped]:
     """Single faces joined to batches, and what was skipped passed on in its place.
 
-    results: (name, image uint8 (S, S, 3), labels uint8 (S, S)), or Skipped.
-    attributes, splits: what is known of each name, by name.
+    results: (name, image uint8 (S, S, 3), labels uint8 (S, S)), or Skipped. known: attributes and splits of a list of names.
     """
     faces = []
 
     def join() -> Faces:
         names, images, labels = map(list, zip(*faces))
         faces.clear()
-        return Faces(names, np.stack(images), np.stack(labels), None if attributes is None else attributes.loc[names],
-                     None if splits is None else splits.loc[names].tolist())
+        return Faces(names, np.stack(images), np.stack(labels), *known(names))
 
     for result in results:
         if not isinstance(result, Skipped):
@@ -153,20 +152,22 @@ class FolderSource:
     """Your own pictures with label maps.
 
     images: folder of JPEG, PNG, WebP or BMP files, searched with its subfolders. labels: folder of PNGs of class indices.
-    scheme: how they number the classes, a key of `labels.SCHEMES`. size: side in pixels. attributes_csv: see `read_attributes`.
+    scheme: how they number the classes, a key of `labels.SCHEMES`; needless for those of facevae parse-masks.
+    size: side in pixels. attributes_csv: see `read_attributes`.
     rescale_labels: accept label maps of another size than their picture. workers: decoding threads.
     Raises FaceVAEError for an unknown scheme or size, and for a folder that is missing or empty.
     """
 
-    def __init__(self, images: str | Path, labels: str | Path, scheme: str, size: int = 144, attributes_csv: str | Path | None = None,
-                 rescale_labels: bool = False, workers: int | None = None):
-        if scheme not in SCHEMES:
+    def __init__(self, images: str | Path, labels: str | Path, scheme: str | None = None, size: int = 144,
+                 attributes_csv: str | Path | None = None, rescale_labels: bool = False, workers: int | None = None):
+        if scheme is not None and scheme not in SCHEMES:
             raise FaceVAEError(f"Unknown label scheme '{scheme}'. {choices(scheme, SCHEMES)}")
-        self.scheme, self.size, self.rescale_labels, self.workers = scheme, check_size(size), rescale_labels, workers
+        self.size, self.rescale_labels, self.workers = check_size(size), rescale_labels, workers
         for folder, option in ((images, "images"), (labels, "labels")):
             if not Path(folder).is_dir():
                 raise FaceVAEError(f"--{option}: there is no folder '{folder}'. Name the folder that holds the {option}.")
         self.images, self.labels = Path(images).resolve(), Path(labels).resolve()
+        self.scheme, self.parsing = label_scheme(self.labels, scheme)
         self.attributes_csv, self.attributes = attributes_csv, None if attributes_csv is None else read_attributes(attributes_csv)
         self.label_files = {}
         for name in list_files(self.labels, (".png",), self.images):
@@ -191,7 +192,7 @@ class FolderSource:
     def describe(self) -> dict:
         paths = {"images": self.images, "labels": self.labels, "attributes": self.attributes_csv and Path(self.attributes_csv).resolve()}
         return {"kind": "folder", **{name: path and printable(str(path)) for name, path in paths.items()},
-                "scheme": self.scheme, "rescale_labels": self.rescale_labels}
+                "scheme": self.scheme, "rescale_labels": self.rescale_labels} | ({"parsing": self.parsing} if self.parsing else {})
 
     def read(self, name: str) -> tuple | Skipped:
         """One face: (name, image, labels), or why it cannot be used."""
@@ -210,4 +211,5 @@ class FolderSource:
         return name, image, labels
 
     def __iter__(self) -> Generator[Faces | Skipped]:
-        return in_batches(map_ahead(self.read, self.names, self.workers), self.attributes)
+        known = lambda names: (None if self.attributes is None else self.attributes.loc[names], None)
+        return in_batches(map_ahead(self.read, self.names, self.workers), known)
