@@ -478,6 +478,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'facevae.pictures': { 'facevae.pictures.UnusableInput': ('pictures.html#unusableinput', 'facevae/pictures.py'),
                                   'facevae.pictures.UnusableInput.__init__': ( 'pictures.html#unusableinput.__init__',
                                                                                'facevae/pictures.py'),
+                                  'facevae.pictures._nearest': ('pictures.html#_nearest', 'facevae/pictures.py'),
                                   'facevae.pictures.nearest_pixels': ('pictures.html#nearest_pixels', 'facevae/pictures.py'),
                                   'facevae.pictures.open_picture': ('pictures.html#open_picture', 'facevae/pictures.py'),
                                   'facevae.pictures.read_labels': ('pictures.html#read_labels', 'facevae/pictures.py'),

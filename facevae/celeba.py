@@ -6,7 +6,7 @@
 __all__ = ['COUNT', 'LAST', 'PICTURE', 'LABEL', 'INNER', 'LAYOUTS', 'BASES', 'HOME', 'numbered_files', 'holds_any', 'name_some',
            'Layout', 'find_layout', 'check_counts', 'published_files', 'check_digests']
 
-# %% ../nbs/03_celeba.ipynb #bafee006
+# %% ../nbs/03_celeba.ipynb #e380d609
 import itertools
 import os
 import re
@@ -18,7 +18,7 @@ import numpy as np
 from .core import FaceVAEError, choices, printable
 from .manifest import SPLITS
 
-# %% ../nbs/03_celeba.ipynb #c71ff4a3
+# %% ../nbs/03_celeba.ipynb #8025f909
 COUNT = 202_599
 LAST = {"train": 162_770, "val": 182_637, "test": COUNT}  # the last picture of each split: the official partition is by number
 PICTURE, LABEL = re.compile(r"(\d{6})\.jpg"), re.compile(r"(\d{6})\.png")
@@ -54,7 +54,7 @@ def name_some(numbers: np.ndarray, form: str = "{:06d}.jpg") -> str:
     first = ", ".join(form.format(number) for number in numbers[:3])
     return first + (f" and {len(numbers) - 3:,} more" if len(numbers) > 3 else "")
 
-# %% ../nbs/03_celeba.ipynb #47535af8
+# %% ../nbs/03_celeba.ipynb #2c59b6c7
 INNER = ("img_align_celeba/img_align_celeba", "img_align_celeba", "img_align_celeba.zip")  # what unpacks into itself comes first
 LAYOUTS = {
     "official": {"pictures": tuple(f"Img/{place}" for place in INNER), "attributes": ("Anno/list_attr_celeba.txt",),
@@ -118,7 +118,7 @@ def find_layout(root: str | Path, layout: str | None = None) -> Layout:
                         for part, path in parts.items() if path is None)
     raise FaceVAEError(f"CelebA in '{root}' is not complete: it looks like the {name} layout, but lacks {missing}. {remedy}")
 
-# %% ../nbs/03_celeba.ipynb #14ee400e
+# %% ../nbs/03_celeba.ipynb #b4388c00
 def check_counts(present: np.ndarray, attributes: np.ndarray, partition: np.ndarray, where: Layout) -> None:
     """Raise FaceVAEError unless pictures, attributes and partition are those that were published.
 
