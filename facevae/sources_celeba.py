@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_labels', 'CelebASource']
 
-# %% ../nbs/03_sources_celeba.ipynb #f36d7da6
+# %% ../nbs/03_sources_celeba.ipynb #66170e17
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .pictures import UnusableInput, read_labels, read_picture
 from .pictures_zipped import ZippedPictures
 from .sources import in_batches, map_ahead
 
-# %% ../nbs/03_sources_celeba.ipynb #127039e3
+# %% ../nbs/03_sources_celeba.ipynb #12ef447c
 def find_labels(labels: str | Path, pictures: Path) -> Path:
     """The folder with the label maps (000001.png) of the pictures in a folder or zip file.
 
@@ -38,7 +38,7 @@ def find_labels(labels: str | Path, pictures: Path) -> Path:
     raise FaceVAEError(f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on. Make them with: "
                        f"facevae parse-masks --images '{pictures}' --out '{labels}'")
 
-# %% ../nbs/03_sources_celeba.ipynb #5e789716
+# %% ../nbs/03_sources_celeba.ipynb #93269787
 class CelebASource:
     """CelebA with label maps, in the official split, with its attributes.
 

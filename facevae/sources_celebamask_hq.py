@@ -6,7 +6,7 @@
 __all__ = ['COUNT_HQ', 'MAPPING', 'ATTRIBUTES', 'NUMBER', 'PARTS', 'PART_FILE', 'FOLDER_SIZE', 'read_mapping', 'list_parts',
            'read_parts', 'CelebAMaskHQSource']
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #5c03af39
+# %% ../nbs/03_sources_celebamask_hq.ipynb #62f08b69
 import io
 import os
 import re
@@ -26,7 +26,7 @@ from .pictures import UnusableInput, nearest_pixels, open_picture, read_picture
 from .sources import in_batches, map_ahead
 from .untrusted import read_bytes
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #520d156d
+# %% ../nbs/03_sources_celebamask_hq.ipynb #5e0a0e08
 COUNT_HQ = 30_000
 MAPPING, ATTRIBUTES = "CelebA-HQ-to-CelebA-mapping.txt", "CelebAMask-HQ-attribute-anno.txt"
 NUMBER = re.compile(r"(0|[1-9]\d{0,4})\.jpg")
@@ -54,7 +54,7 @@ def read_mapping(path: Path) -> np.ndarray:
     numbers[here.astype(int)] = there
     return numbers
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #b0fbc7ed
+# %% ../nbs/03_sources_celebamask_hq.ipynb #0f6ba605
 PARTS = SCHEMES["celebamask-hq"][1:]
 PART_FILE = re.compile(r"(\d{5})_(\w+)\.png")
 FOLDER_SIZE = 2000
@@ -99,7 +99,7 @@ def read_parts(paths: dict[str, Path], size: int, picture: tuple[int, int]) -> n
         merged[nearest_pixels(array, size) > 0] = SCHEMES["celebamask-hq"].index(part)
     return remap(merged, "celebamask-hq")
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #ee27f12f
+# %% ../nbs/03_sources_celebamask_hq.ipynb #d649865d
 class CelebAMaskHQSource:
     """CelebAMask-HQ in CelebA's official split, with its attributes.
 

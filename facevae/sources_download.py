@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WANTED', 'PACKED_AND_UNPACKED', 'by_hand', 'download_celeba', 'unpack']
 
-# %% ../nbs/03_sources_download.ipynb #29ce3d95
+# %% ../nbs/03_sources_download.ipynb #bf308f39
 import errno
 import os
 import zipfile
@@ -16,7 +16,7 @@ import numpy as np
 from .celeba import COUNT, HOME, PICTURE, numbered_files, published_files
 from .core import FaceVAEError, atomic_file, printable, progress_bar
 
-# %% ../nbs/03_sources_download.ipynb #11c02518
+# %% ../nbs/03_sources_download.ipynb #6d4efdbb
 WANTED = ("list_eval_partition.txt", "list_attr_celeba.txt", "img_align_celeba.zip")
 PACKED_AND_UNPACKED = 3_500_000_000  # bytes
 
@@ -42,10 +42,10 @@ def _fetch(folder: Path, name: str) -> None:
             raise
 
 
-def download_celeba(root: str | Path) -> Path:
+def download_celeba(root: str | Path, progress: bool = True) -> Path:
     """Fetch what is missing of CelebA into `root`/celeba, in torchvision's layout, and unpack it there; returns that folder.
 
-    What is there with the right checksum is kept. Raises FaceVAEError that says what to fetch by hand when the host refuses.
+    What is there with the right checksum is kept. progress: show a bar while unpacking. Raises FaceVAEError that says what to fetch by hand when the host refuses.
     """
     from torchvision.datasets.utils import check_integrity
     folder = Path(root) / "celeba"
@@ -64,19 +64,19 @@ def download_celeba(root: str | Path) -> Path:
                     raise
                 raise by_hand(folder, tuple(missing[done:]), f"{name}: {printable(str(error))[:300].rstrip('.') or type(error).__name__}") from None
         if not whole:
-            unpack(folder / "img_align_celeba.zip", pictures)
+            unpack(folder / "img_align_celeba.zip", pictures, progress)
     except OSError as error:
         raise FaceVAEError(f"CelebA cannot be put into '{folder}' ({error.strerror}); it needs {PACKED_AND_UNPACKED / 1e9:.1f} GB. Free some space, or choose another --root.") from None
     return folder
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack(archive: Path, folder: Path, progress: bool = True) -> None:
     """Unpack those pictures of a zip file that a folder lacks; each appears whole or not at all."""
     there = numbered_files(folder, PICTURE, COUNT)
     with zipfile.ZipFile(archive) as packed:
         entries = [(entry, match[0]) for entry in packed.infolist() if (match := PICTURE.fullmatch(entry.filename.rpartition("/")[2]))
                    and int(match[1]) <= COUNT and not there[int(match[1])]]
-        with progress_bar(len(entries), "unpacking", "picture") as bar:
+        with progress_bar(len(entries), "unpacking", "picture", progress) as bar:
             for entry, name in entries:
                 partial = folder / f".{name}.partial"
                 partial.write_bytes(packed.read(entry))
