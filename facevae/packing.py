@@ -160,14 +160,15 @@ def _take(source: Source, out: Path, partial: Path, max_bad: float, progress: bo
                 problems = [name_problem(name) or ("its name occurs twice" if name in seen else "") for name in item.names]
                 keep = [i for i, problem in enumerate(problems) if not problem]
                 skipped += [Skipped(name, problem) for name, problem in zip(item.names, problems) if problem]
-                images.append(item.images[keep])
-                labels.append(item.labels[keep])
+                rows = keep if len(keep) < len(item.names) else slice(None)  # without a copy, as a rule
+                images.append(item.images[rows])
+                labels.append(item.labels[rows])
                 names += [item.names[i] for i in keep]
                 seen.update(item.names)
                 splits += [item.splits[i] if item.splits else hash_split(item.names[i]) for i in keep]
                 hashed = hashed and item.splits is None
                 if item.attributes is not None:
-                    attributes.append(item.attributes.iloc[keep])
+                    attributes.append(item.attributes.iloc[rows])
             else:
                 skipped.append(item)
             bar.update(len(item.names) if isinstance(item, Faces) else 1)

@@ -6,11 +6,10 @@
 __all__ = ['COUNT_HQ', 'MAPPING', 'ATTRIBUTES', 'NUMBER', 'PARTS', 'PART_FILE', 'FOLDER_SIZE', 'read_mapping', 'list_parts',
            'read_parts', 'CelebAMaskHQSource']
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #62f08b69
+# %% ../nbs/03_sources_celebamask_hq.ipynb #f97dbdc3
 import io
 import os
 import re
-from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,12 @@ from .celeba import COUNT, LAST, PICTURE, holds_any, name_some, numbered_files
 from .celeba_tables import MOST_TABLE, read_numbered
 from .core import FaceVAEError, choices, printable
 from .labels import SCHEMES, remap
-from .manifest import SPLITS, check_size
-from .packing import Faces, Skipped
+from .manifest import check_size
 from .pictures import UnusableInput, nearest_pixels, open_picture, read_picture
-from .sources import in_batches, map_ahead
+from .sources_celeba import NumberedSource
 from .untrusted import read_bytes
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #5e0a0e08
+# %% ../nbs/03_sources_celebamask_hq.ipynb #6d3d339b
 COUNT_HQ = 30_000
 MAPPING, ATTRIBUTES = "CelebA-HQ-to-CelebA-mapping.txt", "CelebAMask-HQ-attribute-anno.txt"
 NUMBER = re.compile(r"(0|[1-9]\d{0,4})\.jpg")
@@ -54,7 +52,7 @@ def read_mapping(path: Path) -> np.ndarray:
     numbers[here.astype(int)] = there
     return numbers
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #0f6ba605
+# %% ../nbs/03_sources_celebamask_hq.ipynb #8c00f2b2
 PARTS = SCHEMES["celebamask-hq"][1:]
 PART_FILE = re.compile(r"(\d{5})_(\w+)\.png")
 FOLDER_SIZE = 2000
@@ -99,14 +97,14 @@ def read_parts(paths: dict[str, Path], size: int, picture: tuple[int, int]) -> n
         merged[nearest_pixels(array, size) > 0] = SCHEMES["celebamask-hq"].index(part)
     return remap(merged, "celebamask-hq")
 
-# %% ../nbs/03_sources_celebamask_hq.ipynb #d649865d
-class CelebAMaskHQSource:
+# %% ../nbs/03_sources_celebamask_hq.ipynb #de678861
+class CelebAMaskHQSource(NumberedSource):
     """CelebAMask-HQ in CelebA's official split, with its attributes.
 
     root: the folder CelebAMask-HQ, or the one that holds it. size: side in pixels. allow_subset: accept a part of the 30,000 faces.
     workers: decoding threads. Raises FaceVAEError for what is missing or incomplete.
     """
-    scheme = "celebamask-hq"
+    scheme, form = "celebamask-hq", "{}.jpg"
 
     def __init__(self, root: str | Path, size: int = 144, allow_subset: bool = False, workers: int | None = None):
         self.size, self.allow_subset, self.workers, self.root = check_size(size), allow_subset, workers, Path(root).absolute()
@@ -126,36 +124,15 @@ class CelebAMaskHQSource:
                 raise FaceVAEError(f"'{path}' has {COUNT_HQ - len(missing):,} of CelebAMask-HQ's {COUNT_HQ:,} faces; missing: {name_some(missing, '{}.jpg')}. "
                                    "Unpack it again, or take what is there with --allow-subset.")
         self.notes = [f"A subset of CelebAMask-HQ: {len(self):,} of {COUNT_HQ:,} faces."] if len(self) < COUNT_HQ else []
-        self.lacking = {"no label map": (self.present & ~self.parts.any(1), f"there is no part of it in '{self.parts_folder}'"),
-                        "no picture of CelebA": (self.present & self.parts.any(1) & (self.originals == 0), f"'{MAPPING}' has no row of this name"),
-                        "no attributes": (self.present & self.parts.any(1) & (self.originals > 0) & ~self.attributes.known, f"'{ATTRIBUTES}' has no row of this name")}
-
-    def __len__(self) -> int:
-        return int(np.count_nonzero(self.present))
+        self.partition = np.where(self.originals > 0, np.searchsorted(list(LAST.values()), self.originals), -1)
+        self.lacking = {"no label map": (~self.parts.any(1), f"there is no part of it in '{self.parts_folder}'"),
+                        "no picture of CelebA": (self.originals == 0, f"'{MAPPING}' has no row of this name"),
+                        "no attributes": (~self.attributes.known, f"'{ATTRIBUTES}' has no row of this name")}
 
     def describe(self) -> dict:
         return {"kind": "celebamask-hq", "root": printable(str(self.root)), "allow_subset": self.allow_subset}
 
-    def read(self, number: int) -> tuple | Skipped:
-        """One face: (name, image, labels), or why it cannot be used."""
-        name = f"{number}.jpg"
+    def read_face(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         folder = self.parts_folder / str(number // FOLDER_SIZE)
-        try:
-            image, original = read_picture(self.pictures / name, self.size)
-            labels = read_parts({part: folder / f"{number:05d}_{part}.png" for part, there in zip(PARTS, self.parts[number]) if there}, self.size, original)
-        except UnusableInput as unusable:
-            return Skipped(name, unusable.problem, unusable.detail)
-        return name, image, labels
-
-    def known(self, names: list[str]) -> tuple[pd.DataFrame, list[str]]:
-        """Attributes and splits of pictures, by name."""
-        numbers = [int(name.removesuffix(".jpg")) for name in names]
-        return (pd.DataFrame(self.attributes.values[numbers] == 1, columns=self.attributes.columns),
-                [SPLITS[part] for part in np.searchsorted(list(LAST.values()), self.originals[numbers])])
-
-    def __iter__(self) -> Generator[Faces | Skipped]:
-        usable = self.present.copy()
-        for problem, (numbers, detail) in self.lacking.items():
-            usable &= ~numbers
-            yield from (Skipped(f"{number}.jpg", problem, detail) for number in np.flatnonzero(numbers))
-        yield from in_batches(map_ahead(self.read, np.flatnonzero(usable), self.workers), self.known)
+        image, original = read_picture(self.pictures / self.form.format(number), self.size)
+        return image, read_parts({part: folder / f"{number:05d}_{part}.png" for part, there in zip(PARTS, self.parts[number]) if there}, self.size, original)
