@@ -6,13 +6,13 @@
 __all__ = ['pack_app', 'Out', 'Size', 'MaxBad', 'Overwrite', 'Scheme', 'RescaleLabels', 'Subset', 'store_line', 'pack_synthetic',
            'pack_folder', 'pack_celeba', 'pack_celebamask_hq']
 
-# %% ../nbs/16_pack_commands.ipynb #1b6efa07
+# %% ../nbs/16_pack_commands.ipynb #52c029b3
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/16_pack_commands.ipynb #77b2bcdc
+# %% ../nbs/16_pack_commands.ipynb #10294a8a
 pack_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack faces and their label maps into a store.")
 
 Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
@@ -29,7 +29,7 @@ def store_line(store) -> str:
     splits = ", ".join(f"{len(store.rows(split))} {split}" for split in ("train", "val", "test"))
     return f"{store.path}: {len(store)} faces of {store.size} x {store.size} pixels ({splits})"
 
-# %% ../nbs/16_pack_commands.ipynb #6d976c39
+# %% ../nbs/16_pack_commands.ipynb #865f0c65
 @pack_app.command("synthetic")
 def pack_synthetic(out: Out, count: Annotated[int, typer.Option(help="How many faces to draw.")] = 2000,
                    seed: Annotated[int, typer.Option(help="Seed of the faces.")] = 0, size: Size = 144, overwrite: Overwrite = False):
@@ -50,11 +50,11 @@ def pack_folder(out: Out, images: Annotated[Path, typer.Option(help="Folder of p
     source = FolderSource(images, labels, scheme=scheme, size=size, attributes_csv=attributes, rescale_labels=rescale_labels)
     typer.echo(store_line(pack(source, out, max_bad=max_bad, overwrite=overwrite)))
 
-# %% ../nbs/16_pack_commands.ipynb #0e1d9d98
+# %% ../nbs/16_pack_commands.ipynb #b846c613
 @pack_app.command("celeba")
 def pack_celeba(out: Out, root: Annotated[Path, typer.Option(help="Folder of CelebA, as its authors, torchvision or Kaggle lay it out.")],
                 labels: Annotated[Path, typer.Option(help="Folder of label maps, made by facevae parse-masks.")], size: Size = 144,
-                download: Annotated[bool, typer.Option("--download", help="Fetch what is missing into ROOT/celeba first.")] = False,
+                download: Annotated[bool, typer.Option("--download", help="Fetch what is missing into ROOT/celeba first; needs gdown.")] = False,
                 layout: Annotated[Optional[str], typer.Option(help="Which layout, when several are there: official, torchvision or kaggle.")] = None,
                 scheme: Scheme = None, allow_subset: Subset = False, rescale_labels: RescaleLabels = False, max_bad: MaxBad = 0.01, overwrite: Overwrite = False):
     """Pack CelebA in its official split, with its attributes. For non-commercial research."""

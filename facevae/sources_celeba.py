@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_labels', 'NumberedSource', 'CelebASource']
 
-# %% ../nbs/03_sources_celeba.ipynb #2b23f307
+# %% ../nbs/03_sources_celeba.ipynb #d95015be
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,23 +22,23 @@ from .pictures import UnusableInput, read_labels, read_picture
 from .pictures_zipped import ZippedPictures
 from .sources import in_batches, map_ahead
 
-# %% ../nbs/03_sources_celeba.ipynb #0de198b2
+# %% ../nbs/03_sources_celeba.ipynb #701d2f04
 def find_labels(labels: str | Path, pictures: Path) -> Path:
     """The folder with the label maps (000001.png) of the pictures in a folder or zip file.
 
     labels: that folder, or one above it that has the same folders inside as there are above the pictures.
     Raises FaceVAEError when there is none.
     """
-    labels, parts = Path(labels), pictures.with_suffix("").absolute().parts
+    labels, folder = Path(labels), pictures.with_suffix("").absolute()
+    remedy = (f"Make them with: facevae parse-masks --images '{folder}' --out '{labels}'" + (f" (once '{pictures}' is unpacked)" if pictures.suffix else "") + ".")
     if not labels.is_dir():
-        raise FaceVAEError(f"--labels: there is no folder '{labels}'. Make label maps with: facevae parse-masks --images '{pictures}' --out '{labels}'")
-    for depth in range(min(len(parts), 5)):
-        if holds_any(place := labels.joinpath(*parts[len(parts) - depth:]), LABEL):
+        raise FaceVAEError(f"--labels: there is no folder '{labels}' of label maps. {remedy}")
+    for depth in range(min(len(folder.parts), 5)):
+        if holds_any(place := labels.joinpath(*folder.parts[len(folder.parts) - depth:]), LABEL):
             return place
-    raise FaceVAEError(f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on. Make them with: "
-                       f"facevae parse-masks --images '{pictures}' --out '{labels}'")
+    raise FaceVAEError(f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on. {remedy}")
 
-# %% ../nbs/03_sources_celeba.ipynb #d9bea71d
+# %% ../nbs/03_sources_celeba.ipynb #6561feff
 class NumberedSource:
     """What the sources of numbered pictures share. A subclass sets the attributes below, and has `read`.
 
@@ -78,7 +78,7 @@ class NumberedSource:
             usable &= ~having
         yield from in_batches(map_ahead(self.read, np.flatnonzero(usable), self.workers), self.known)
 
-# %% ../nbs/03_sources_celeba.ipynb #5433a8da
+# %% ../nbs/03_sources_celeba.ipynb #fafa12e5
 class CelebASource(NumberedSource):
     """CelebA with label maps, in the official split, with its attributes.
 
