@@ -8,13 +8,15 @@ import pytest
 from madeup import HYPOTHESES, make_sweep
 
 from facevae.core import FaceVAEError
+from facevae.findings import Findings
 from facevae.notebooks import execute
 from facevae.report import study_figures, write_report
 from facevae.sweeps import load_sweep
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
 FETCHED = {"src", "srcset", "poster", "data", "background", "action"}
-FIGURES = ("bars_masks", "bars_standalone", "bars_ssim_with", "mask_gain", "visual_comparison", "training_curves")
+FIGURES = ("interval_masks", "free_pixels", "scatter_masks", "faces_masks", "interval_standalone", "interval_with_ssim", "ranks", "interval_best", "bars_masks",
+           "bars_standalone", "bars_ssim_with", "visual_comparison", "latent_use", "training_curves")
 
 
 class Page(HTMLParser):
@@ -95,7 +97,8 @@ def test_partial_sweeps(name, tmp_path):
         with open(sweep / "H1" / "seed0" / "log.jsonl", "a") as log:
             log.write('{"kind": "train", "st')
     study = load_sweep(sweep)
-    words = " ".join(assert_self_contained(write_report(study, study_figures(study))).words)
+    found = Findings(study, resamples=200)
+    words = " ".join(assert_self_contained(write_report(found, study_figures(found))).words)
     assert {"nothing": "No run has finished yet", "one": "results cannot be used", "user": "l1+l2 (l1+l2 → l1+l2+mask)"}[name] in words
 
 
@@ -106,7 +109,8 @@ def test_names_and_errors_are_escaped(tmp_path):
     status = sweep / hostile / "seed1" / "status.json"
     status.write_text(json.dumps({"state": "failed", "error": "<img src=x onerror=alert(2)>"}))
     study = load_sweep(sweep)
-    page = assert_self_contained(write_report(study, study_figures(study)))
+    found = Findings(study, resamples=200)
+    page = assert_self_contained(write_report(found, study_figures(found)))
     words = " ".join(page.words)
     assert hostile in words and "<img src=x onerror=alert(2)>" in words and "$x_{" in words
 
