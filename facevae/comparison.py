@@ -6,7 +6,7 @@
 __all__ = ['QUESTIONS', 'Scores', 'crossed_bootstrap', 'Estimate', 'estimate', 'compare', 'ranks', 'leader', 'question_pairs',
            'holm', 'answer', 'apparent_gain']
 
-# %% ../nbs/12_comparison.ipynb #a2fb9ab0
+# %% ../nbs/12_comparison.ipynb #38972c6f
 import functools
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from scipy import stats
 from .analysis import METRIC_STYLE, VIEWS, loss_key, mask_pairs, over_seeds, present_metrics, results
 from .sweeps import Sweep, load_sweep
 
-# %% ../nbs/12_comparison.ipynb #30ec1141
+# %% ../nbs/12_comparison.ipynb #8c8801fa
 class Scores:
     """The values of a sweep, image by image.
 
@@ -25,7 +25,7 @@ class Scores:
     """
 
     def __init__(self, metrics: pd.DataFrame):
-        self.metrics, self.names = metrics, present_metrics(metrics)
+        self.metrics, self.names, self.seeds = metrics, present_metrics(metrics), sorted(set(metrics.seed))
         self._blocks: dict[tuple[str, str], pd.DataFrame] = {}
 
     def block(self, metric: str, view: str) -> pd.DataFrame:
@@ -41,14 +41,14 @@ class Scores:
     def pair(self, metric: str, view: str, *hypotheses: str) -> list[np.ndarray]:
         """The values (images, seeds) of some hypotheses on the images and seeds that all of them have; empty without any."""
         wide = self.block(metric, view)
-        have = [set(wide[name].columns) if len(wide) and name in wide.columns.get_level_values(0) else set() for name in hypotheses]
-        seeds = sorted(set.intersection(*have))
+        columns = {column: place for place, column in enumerate(wide.columns)}
+        seeds = [seed for seed in self.seeds if all((name, seed) in columns for name in hypotheses)]
         if not seeds:
             return [np.empty((0, 0)) for _ in hypotheses]
-        values = np.stack([wide[name][seeds].to_numpy() for name in hypotheses])  # (hypotheses, images, seeds)
+        values = np.stack([wide.to_numpy()[:, [columns[name, seed] for seed in seeds]] for name in hypotheses])  # (hypotheses, images, seeds)
         return list(values[:, np.isfinite(values).all(axis=(0, 2))])
 
-# %% ../nbs/12_comparison.ipynb #cdfc3b97
+# %% ../nbs/12_comparison.ipynb #7c9433a8
 @functools.lru_cache(8)
 def _resamples(count: int, resamples: int, stream: int) -> np.ndarray:
     """How often each of `count` things is drawn in each resample, as shares: float32 (resamples, count)."""
@@ -102,7 +102,7 @@ def estimate(gain: np.ndarray, confidence: float = 0.95, resamples: int = 2000) 
     spread = by_image.std(ddof=1)
     return Estimate(mean, low, high, p, mean / spread if spread else np.inf * np.sign(mean), share)
 
-# %% ../nbs/12_comparison.ipynb #5535ba28
+# %% ../nbs/12_comparison.ipynb #128770b4
 def compare(scores: Scores, first: str, second: str, metrics: list[str] | None = None, views: tuple[str, ...] = VIEWS,
             beyond: tuple[str, str] | None = None, confidence: float = 0.95, resamples: int = 2000) -> pd.DataFrame:
     """Second against first hypothesis: one row for each view and metric that both have.
@@ -128,7 +128,7 @@ def compare(scores: Scores, first: str, second: str, metrics: list[str] | None =
     return pd.DataFrame(rows, columns=["view", "metric", "first", "second", "difference", "improvement", "low", "high", "low_seed", "high_seed",
                                        "p", "effect", "share_improved", "images", "seeds"])
 
-# %% ../nbs/12_comparison.ipynb #af3b7799
+# %% ../nbs/12_comparison.ipynb #f663d905
 QUESTIONS = {"masks": "Do face masks help?", "standalone": "Which standalone loss works better?",
              "with_ssim": "Which of l1 and l2 works better with SSIM?", "best": "Which hypothesis is the best?"}
 
@@ -191,7 +191,7 @@ def answer(sweep: Sweep, question: str, scores: Scores | None = None, alpha: flo
     verdict = np.where(corrected < alpha, np.where(table.improvement > 0, "better", "worse"), "undecided")
     return table.assign(p_holm=corrected, verdict=verdict)
 
-# %% ../nbs/12_comparison.ipynb #d0e6b364
+# %% ../nbs/12_comparison.ipynb #728dcc11
 def apparent_gain(sweep: Sweep, metrics: list[str] | None = None) -> pd.DataFrame:
     """What masks seem to give when outputs are compared as the models make them, and where it comes from: a row for each loss and metric.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'title', 'interval_plot', 'rank_plot', 'scatter_plot', 'free_pixels_plot', 'latent_plot']
 
-# %% ../nbs/13_evidence.ipynb #529e067f
+# %% ../nbs/13_evidence.ipynb #ae66e510
 import textwrap
 
 import numpy as np
@@ -19,7 +19,7 @@ from .comparison import Scores, answer, apparent_gain, question_pairs, ranks
 from .style import LOSS_COLORS, VIEW_STYLE, WITH, WITHOUT, new_figure, notice, png, styled
 from .sweeps import load_sweep
 
-# %% ../nbs/13_evidence.ipynb #e3cfbcb6
+# %% ../nbs/13_evidence.ipynb #9537a696
 def title(figure: Figure, text: str, note: str = "") -> None:
     """A headline at the left, and a remark below."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
@@ -59,7 +59,7 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
         axis.set_title(METRIC_STYLE[name].label + (f" ({unit})" if unit else ""))
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.4, -0.6)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=4 if max(map(len, labels)) < 20 else 3)
         axis.tick_params(axis="y", length=0)
         axis.tick_params(axis="x", labelsize=8)
     handles = [Line2D([], [], color=VIEW_STYLE[view][0], marker=VIEW_STYLE[view][1], label=view) for view in views] if len(views) > 1 else []
@@ -71,7 +71,7 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
           + (f"; {views[0]} view." if len(views) == 1 else "."))
     return figure
 
-# %% ../nbs/13_evidence.ipynb #ca070038
+# %% ../nbs/13_evidence.ipynb #3024ea10
 @styled
 def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
     """The rank of each hypothesis on each metric, the best mean rank on top. summary: from `over_seeds`."""
@@ -101,7 +101,7 @@ def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
     title(figure, f"Ranks on the {view} view", "1 is best. Hypotheses that lack a metric are left out.")
     return figure
 
-# %% ../nbs/13_evidence.ipynb #65be5e6c
+# %% ../nbs/13_evidence.ipynb #389ee4b9
 @styled
 def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tuple[str, ...] = ("ssim", "l1"), view: str = "face",
                  names: tuple[str, str] = ("without masks", "with masks")) -> Figure:
@@ -140,7 +140,7 @@ def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tup
     title(figure, f"Each test image, {names[0]} and {names[1]} ({view} view)", f"{arrows} (the direction of better values). A point is an image, averaged over seeds.")
     return figure
 
-# %% ../nbs/13_evidence.ipynb #82506302
+# %% ../nbs/13_evidence.ipynb #6bab5ded
 PARTS = {"pasted": ("pasting the true background, same unmasked model", "#c9ced3"), "better": ("masked model, same pasting", WITH),
          "own_mask": ("its own mask instead of the true one", "#d55e00")}
 
@@ -177,7 +177,7 @@ def free_pixels_plot(table: pd.DataFrame, metrics: tuple[str, ...] = ("l1", "l2"
     title(figure, "How much of the apparent gain is pasted background")
     return figure
 
-# %% ../nbs/13_evidence.ipynb #9db8782c
+# %% ../nbs/13_evidence.ipynb #caea5f95
 @styled
 def latent_plot(latents: pd.DataFrame) -> Figure:
     """KL by dimension, and how many dimensions are active, for each hypothesis. latents: `Sweep.latents`."""

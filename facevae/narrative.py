@@ -17,7 +17,9 @@ from .sweeps import Sweep, load_sweep
 # %% ../nbs/13_narrative.ipynb #f64c49b8
 def number(value: float, digits: int) -> str:
     """A value as text, with a true minus sign; a dash when it is not finite."""
-    return "–" if value is None or not np.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0 makes −0 a 0
 
 
 def cell(text, kind="", small=(), span=None) -> dict:
@@ -110,7 +112,7 @@ def interval_note(table: pd.DataFrame) -> str:
 
 def comparison_table(table: pd.DataFrame, caption: str) -> dict:
     """The rows of `answer` as a table of the page: a row a pair, a column a metric."""
-    names = [name for name in METRIC_STYLE if name in set(table.metric)]
+    names = [name for name in ERRORS if name in set(table.metric)]  # PSNR says what L2 says
     rows = []
     for label, group in table.groupby("label", sort=False):
         found, cells = {row.metric: row for row in group.itertuples()}, []

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Plate', 'study_figures']
 
-# %% ../nbs/13_plates.ipynb #8fb899f8
+# %% ../nbs/13_plates.ipynb #2a489757
 from dataclasses import dataclass
+from functools import cached_property
 
 from matplotlib.figure import Figure
 
@@ -19,13 +20,18 @@ from .findings import Findings
 from .style import notice, png
 from .sweeps import load_sweep
 
-# %% ../nbs/13_plates.ipynb #98b00db2
+# %% ../nbs/13_plates.ipynb #c1535ab3
 @dataclass(frozen=True)
 class Plate:
     """A figure with its title and caption."""
     title: str
     caption: str
     figure: Figure
+
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as PNG bytes, sharp enough for a page and for print."""
+        return png(self.figure, 150)
 
 
 def _extremes(found: Findings, metric: str = "ssim") -> Figure:
@@ -59,9 +65,8 @@ def study_figures(found: Findings, samples: dict | None = None, view: str = "fac
     best = leader(found.summary)
     intervals = "Image by image and seed by seed, what the second of each pair does better."
     return {
-        "interval_masks": Plate("Do face masks help?", "Image by image, the masked model against the unmasked one; right of zero, masks help. Three views of the same "
-                                "reconstructions: what is gained on the composite but not on the face is pasted background.",
-                                interval_plot(found.answers["masks"], QUESTIONS["masks"], ("face", "composite", "raw"))),
+        "interval_masks": Plate("Do face masks help?", "Image by image, the masked model against the unmasked one; right of zero, masks help. Face: face pixels only. Composite: the whole picture, "
+                                "with the true background pasted into both.", interval_plot(found.answers["masks"], QUESTIONS["masks"], ("face", "composite"))),
         "free_pixels": Plate("How much of the apparent gain is pasted background", "Outputs compared as the models make them: an unmasked model's whole frame against a masked model's, which holds the "
                              "input's background. Grey: what pasting alone gives the unmasked model. Blue: what the masked model really does better. Orange: what its own mask costs.",
                              free_pixels_plot(found.apparent)),

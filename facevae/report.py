@@ -27,7 +27,7 @@ from .markup import latex_table, markdown_table, paper_rows
 from .narrative import all_tables, authors_table, cell, comparison_section, findings, left, mask_sentences
 from .page_verdicts import claims_rows, verdict_sentence, verdict_tables
 from .plates import Plate, study_figures
-from .style import png, save
+from .style import save
 from .sweeps import Sweep, load_sweep
 from .untrusted import inside
 
@@ -101,7 +101,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 def render(found: Findings, figures: dict[str, Plate]) -> str:
     """The report as HTML, self-contained. figures: from `study_figures`."""
     sweep, summary = found.sweep, found.summary
-    pictures = {name: {"title": plate.title, "caption": plate.caption, "png": base64.b64encode(png(plate.figure, 140)).decode(),
+    pictures = {name: {"title": plate.title, "caption": plate.caption, "png": base64.b64encode(plate.png).decode(),
                        "width": round(plate.figure.get_figwidth() * 100), "wide": plate.figure.get_figwidth() > 6.5} for name, plate in figures.items()}
     have = not summary.empty
     done = int((sweep.cells.state == "done").sum())
@@ -131,7 +131,7 @@ def write_tables(found: Findings) -> list[Path]:
 
 def write_figures(sweep: Sweep, figures: dict[str, Plate]) -> dict[str, Path]:
     """Write every figure to SWEEP/figures as PNG and PDF; returns the PNGs by name."""
-    return {name: save(plate.figure, inside(sweep.path, "figures"), name) for name, plate in figures.items()}
+    return {name: save(plate.figure, inside(sweep.path, "figures"), name, picture=plate.png) for name, plate in figures.items()}
 
 
 def write_report(found: Findings, figures: dict[str, Plate]) -> Path:

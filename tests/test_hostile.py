@@ -546,7 +546,7 @@ def test_links_lead_nowhere(things, tmp_path):
     assert not (run.path / "status.json").is_symlink()
     (things / "sweep" / "figures").symlink_to(outside)
     sweep = load_sweep(things / "sweep")
-    assert "leads out of" in refused(write_figures, sweep, {"bars": SimpleNamespace(figure=None)})
+    assert "leads out of" in refused(write_figures, sweep, {"bars": SimpleNamespace(figure=None, png=b"")})
     (things / "sweep" / "report.html").symlink_to(outside / "precious")
     write_report(Findings(sweep, [], resamples=10), {})
     (things / "sweep" / "tables").symlink_to(outside)
