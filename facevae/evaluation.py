@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import FaceVAEError, atomic_file, choices, file_digest
+from .latent_use import LatentUse, save_latents
 from .loader import Batches
 from .metrics import METRICS, load_lpips, mask_iou, measure_views, ms_ssim_scales
 from .model import FaceVAE, composite
@@ -43,9 +44,11 @@ def views(images: Tensor, recon: Tensor, mask: Tensor,
 
 # %% ../nbs/10_evaluation.ipynb #69842cb4
 def _metrics_of(model: nn.Module, images: Tensor, mask: Tensor, names: list[str],
-                lpips: Callable | None) -> dict[str, dict[str, Tensor]]:
+                lpips: Callable | None, latents: LatentUse | None = None) -> dict[str, dict[str, Tensor]]:
     """{view: {metric: (B,)}} of one batch."""
     out = model(images, sample=False)
+    if latents is not None:
+        latents.add(out.mean, out.log_std)
     # A model that ran in lower precision is judged in float32.
     recon = out.recon.float()
     logits = None if out.mask_logits is None else out.mask_logits.float()
@@ -69,13 +72,13 @@ def _check(names: list[str], images: Tensor, masks: Tensor) -> None:
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[list[str], Tensor, Tensor]], names: Iterable[str] = tuple(METRICS),
              device: str | torch.device | None = None, lpips: Callable | str | None = "auto",
-             progress: bool = False) -> pd.DataFrame:
+             progress: bool = False, latents: LatentUse | None = None) -> pd.DataFrame:
     """Every metric of every image on every view: a row for each image and view, in the order of `batches`.
 
     model: `model(images, sample=False)` gives recon (B, 3, H, W) in [0, 1] and mask_logits (B, 1, H, W) or None.
     batches: of (names, images (B, 3, H, W) in [0, 1], masks (B, 1, H, W) in [0, 1]). names: of METRICS.
     device: where it runs; the model's own when None. lpips: "auto" tries to load it, None leaves it out, or
-    the function `load_lpips` gave. progress: show a bar.
+    the function `load_lpips` gave. progress: show a bar. latents: gathers the posteriors.
     Columns: image, view, and the metrics. attrs: ms_ssim (window and scales), absent (why a metric is missing), size.
     Raises FaceVAEError for an unknown metric, a broken batch, images of several sizes, or no images.
     """
@@ -104,7 +107,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[list[str], Tensor, Tensor
                 raise FaceVAEError(f"Images of {tuple(size)} and {tuple(images.shape[-2:])} px in one evaluation; "
                                    "MS-SSIM and VIF depend on the size. Evaluate each size by itself.")
             size = images.shape[-2:]
-            found = _metrics_of(model, images.to(device).float(), masks.to(device).float(), names, lpips)
+            found = _metrics_of(model, images.to(device).float(), masks.to(device).float(), names, lpips, latents)
             parts.append(_rows(image_names, found))
     finally:
         for module, mode in training.items():
@@ -146,7 +149,7 @@ def load_metrics(path: str | Path) -> pd.DataFrame:
 
 # %% ../nbs/10_evaluation.ipynb #168aec63
 def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> pd.DataFrame:
-    """Evaluate a trained run on the test faces of its store, write its metrics.parquet and mark it as done.
+    """Evaluate a trained run on the test faces of its store, write its metrics.parquet and latents.parquet, and mark it as done.
 
     out: the run directory. data: the store. Returns the rows of `evaluate`.
     """
@@ -158,7 +161,9 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
         # A GPU is given enough to do at a time; a processor's cache is better used by few pictures.
         batches = Batches(store, "test", size=config.size, parts=config.face_parts, limit=config.test_images or None,
                           batch_size=128 if device.type == "cuda" else 32, device=device)
-        table = evaluate(vae, batches, progress=progress)
+        latents = LatentUse()
+        table = evaluate(vae, batches, progress=progress, latents=latents)
+        save_latents(latents.table(), run.latents)
         save_metrics(table, run.metrics)
         run.update(state="done", metrics_sha256=file_digest(run.metrics))
     return table

@@ -60,6 +60,7 @@ class RunDirectory:
     checkpoints = property(lambda self: self._at("checkpoint"))
     model = property(lambda self: self._at("model"))
     metrics = property(lambda self: self._at("metrics.parquet"))
+    latents = property(lambda self: self._at("latents.parquet"))
     samples = property(lambda self: self._at("samples.png"))
 
     @property

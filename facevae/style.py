@@ -46,22 +46,29 @@ def new_figure(width: float, height: float, **options) -> Figure:
     return figure
 
 
-def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as PNG bytes."""
+def _render(figure: Figure, kind: str, dpi: int) -> bytes:
+    """The figure as a file's bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=dpi)
+        if figure.get_layout_engine() is not None:  # laid out once, not once a file
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        metadata = {"CreationDate": None} if kind == "pdf" else None  # equal tables give equal files
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
-def save(figure: Figure, folder: str | Path, name: str, dpi: int = 160) -> Path:
-    """Write FOLDER/NAME.png and FOLDER/NAME.pdf; returns the PNG's path."""
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as PNG bytes."""
+    return _render(figure, "png", dpi)
+
+
+def save(figure: Figure, folder: str | Path, name: str, dpi: int = 160, picture: bytes | None = None) -> Path:
+    """Write FOLDER/NAME.png and FOLDER/NAME.pdf; returns the PNG's path. picture: the PNG, when it is at hand."""
     folder = Path(folder)
-    with matplotlib.rc_context(STYLE):
-        for kind in ("pdf", "png"):
-            with atomic_file(folder / f"{name}.{kind}") as partial:
-                metadata = {"CreationDate": None} if kind == "pdf" else None  # equal tables give equal files
-                figure.savefig(partial, format=kind, dpi=dpi, metadata=metadata)
+    for kind, data in (("pdf", _render(figure, "pdf", dpi)), ("png", picture or png(figure, dpi))):
+        with atomic_file(folder / f"{name}.{kind}") as partial:
+            partial.write_bytes(data)
     return folder / f"{name}.png"
 
 

@@ -6,6 +6,7 @@
 __all__ = ['MOST_LOG', 'read_log', 'read_cell', 'Sweep', 'load_sweep']
 
 # %% ../nbs/11_sweeps.ipynb #45f7f3ad
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pandas as pd
 from .core import FaceVAEError, file_digest
 from .evaluation import load_metrics
 from .journal import read_state
+from .latent_use import load_latents
 from .records import read_sweep, status_fields
 from .untrusted import NUMBER, mistyped, read_bytes, read_object
 
@@ -98,7 +100,7 @@ class Sweep:
     """A sweep as tables.
 
     cells: one row for each asked hypothesis and seed, with state and error. metrics: one row for each run, image and
-    view. curves: one row for each run, kind, step and term. manifest: sweep.json. absent: reason by metric.
+    view. curves: one row for each run, kind, step and term. latents: one row for each run and latent dimension. manifest: sweep.json. absent: reason by metric.
     notes: how metrics were computed, by metric.
     """
     path: Path
@@ -106,6 +108,7 @@ class Sweep:
     cells: pd.DataFrame
     metrics: pd.DataFrame
     curves: pd.DataFrame
+    latents: pd.DataFrame
     absent: dict
     notes: dict
 
@@ -116,7 +119,7 @@ def load_sweep(path: str | Path) -> Sweep:
     manifest = read_sweep(path)
     asked = [{"hypothesis": h["name"], "terms": h["terms"], "mask": h["mask"], "seed": seed}
              for h in manifest["hypotheses"] for seed in manifest["seeds"]]
-    cells, metrics, curves, absent, notes = [], [], [], {}, {}
+    cells, metrics, curves, latents, absent, notes = [], [], [], [], {}, {}
     for one in asked:
         cell, table, log = read_cell(path / one["hypothesis"] / f"seed{one['seed']}", one)
         cells.append(cell)
@@ -126,10 +129,13 @@ def load_sweep(path: str | Path) -> Sweep:
                 absent |= attrs.get("absent", {})
                 notes |= {name: note for name, note in attrs.items() if name != "absent"}
                 target.append(found.assign(**one))
+        with contextlib.suppress(FaceVAEError):  # runs of older versions have none
+            if cell["state"] == "done":
+                latents.append(load_latents(Path(cell["path"]) / "latents.parquet").assign(**one))
     front = ["hypothesis", "terms", "mask", "seed"]
     def stack(tables, columns):
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=front + columns)
         return table[front + [name for name in table if name not in front]]
     cells = pd.DataFrame(cells, columns=None if cells else list(read_cell(path, dict.fromkeys(front))[0]))
     return Sweep(path, manifest, cells, stack(metrics, ["image", "view"]),
-                 stack(curves, ["kind", "step", "term", "raw", "weighted"]), absent, notes)
+                 stack(curves, ["kind", "step", "term", "raw", "weighted"]), stack(latents, ["dimension", "kl", "active"]), absent, notes)

@@ -63,6 +63,15 @@ def log_lines(terms: str, mask: bool, seed: int, steps: int) -> list[str]:
     return lines
 
 
+def latents(terms: str, mask: bool, seed: int, dimensions: int = 64) -> pd.DataFrame:
+    """Invented use of latent dimensions: sums of losses use more of them."""
+    noise = np.random.default_rng([seed, mask, sum(map(ord, terms))])
+    used = 18 + 9 * len(terms.split("+")) + 4 * mask
+    variance = noise.permutation(1 / (1 + np.exp((np.arange(dimensions) - used + noise.normal()) / 2.5)) * 0.98 + 1e-5)
+    return pd.DataFrame({"dimension": np.arange(dimensions), "kl": -0.5 * np.log(1 - variance), "mean_variance": variance, "noise": 1 - variance,
+                         "active": (variance > 0.01).astype(np.int64)})
+
+
 def write_run(folder: Path, name: str, terms: str, mask: bool, seed: int, images: int = 24, steps: int = 400,
               lpips: bool = False,
               size: int = 72) -> Path:
@@ -75,6 +84,7 @@ def write_run(folder: Path, name: str, terms: str, mask: bool, seed: int, images
          "device": "CPU, 2 threads", "versions": {"facevae": "0.1.0", "torch": "2.11.0"}}))
     (folder / "log.jsonl").write_text("\n".join(log_lines(terms, mask, seed, steps)) + "\n")
     image_metrics(terms, mask, seed, images, lpips).to_parquet(folder / "metrics.parquet")
+    latents(terms, mask, seed).to_parquet(folder / "latents.parquet", index=False)
     return folder
 
 

@@ -33,20 +33,24 @@ from facevae.analysis import over_seeds, results
 from facevae.checkpoint import BEST, load_best, load_checkpoint, save_best, save_checkpoint
 from facevae.core import FaceVAEError, file_digest
 from facevae.evaluation import load_metrics
+from facevae.findings import Findings
 from facevae.hypotheses import make_config, parse_settings
 from facevae.labels import CLASSES
+from facevae.latent_use import load_latents
 from facevae.model import FaceVAE, ModelConfig
 from facevae.notebooks import execute
 from facevae.original import keras_names, load_keras
 from facevae.packing import Faces
 from facevae.pictures import UnusableInput, read_labels, read_picture
+from facevae.plates import study_figures
 from facevae.reconstruct import reconstruct_files
-from facevae.report import commands, facts, study_figures, write_figures, write_report
+from facevae.report import commands, facts, write_figures, write_report, write_tables
 from facevae.run import RunDirectory
 from facevae.sources import FolderSource, SyntheticSource, read_attributes
 from facevae.store import FaceStore, pack
 from facevae.sweeps import load_sweep
 from facevae.training import train
+from facevae.verdicts import sweep_claims
 
 SMALL = ModelConfig(size=36, width=0.1, latent_dim=8)
 
@@ -211,15 +215,19 @@ def test_payload_in_a_run_that_goes_on(things, tmp_path):
 @pytest.mark.parametrize("how", PLANTED)
 def test_payload_in_a_sweep(things, tmp_path, how):
     run = things / "sweep" / "H1" / "seed0"
-    for name in ("metrics.parquet", "status.json", "config.json", "log.jsonl"):
+    for name in ("metrics.parquet", "latents.parquet", "status.json", "config.json", "log.jsonl"):
         whole = (run / name).read_bytes()
         plant(run / name, how, tmp_path / "executed")
         sweep = load_sweep(things / "sweep")
         state, error = sweep.cells.set_index("hypothesis").loc["H1", ["state", "error"]]
-        assert state == "done" if name == "log.jsonl" else state == "unusable" and name in error
+        assert state == "done" if name in ("log.jsonl", "latents.parquet") else state == "unusable" and name in error
         (run / name).write_bytes(whole)
     plant(run / "metrics.parquet", how, tmp_path / "executed")
     assert "metrics.parquet" in refused(load_metrics, run / "metrics.parquet")
+    plant(run / "latents.parquet", how, tmp_path / "executed")
+    assert "latents.parquet" in refused(load_latents, run / "latents.parquet")
+    plant(run / "claims.toml", how, tmp_path / "executed")
+    assert "claims.toml" in refused(sweep_claims, SimpleNamespace(path=run))
     plant(run / "config.json", how, tmp_path / "executed")
     assert "config.json" in refused(lambda: RunDirectory(run).config)
     plant(things / "sweep" / "sweep.json", how, tmp_path / "executed")
@@ -539,9 +547,11 @@ def test_links_lead_nowhere(things, tmp_path):
     assert not (run.path / "status.json").is_symlink()
     (things / "sweep" / "figures").symlink_to(outside)
     sweep = load_sweep(things / "sweep")
-    assert "leads out of" in refused(write_figures, sweep, {"bars": SimpleNamespace(figure=None)})
+    assert "leads out of" in refused(write_figures, sweep, {"bars": SimpleNamespace(figure=None, png=b"")})
     (things / "sweep" / "report.html").symlink_to(outside / "precious")
-    write_report(sweep, {})
+    write_report(Findings(sweep, [], resamples=10), {})
+    (things / "sweep" / "tables").symlink_to(outside)
+    assert "leads out of" in refused(write_tables, Findings(sweep, [], resamples=10))
     assert (outside / "precious").read_text() == "years of work" and len(list(outside.iterdir())) == 1
 
 
@@ -579,13 +589,19 @@ def test_a_report_of_a_hostile_sweep(tmp_path):
     with open(run / "log.jsonl", "a") as log:
         log.write('{"kind": "validation", "step": 9, "loss": 1e300, "raw": {"$x_{": 1e308, "l1": -1e308}, "weighted": {"l1": 1e999}}\n{"kind": "validation", "step": 1e400, "loss": 1}\n'
                   '{"kind": ["a"], "step": 3, "loss": 1}\n{"kind": "train", "step": 4, "loss": 1, "images_per_second": "fast"}\n' + '{"a":' * 100_000 + "\n")
-    study = load_sweep(sweep)
+    claim = {"name": html[:70], "question": html, "statement": html + "\\input{/etc/passwd}", "first": bad, "second": "$undefined{", "metrics": ["l1"], "expect": "better"}
+    (sweep / "claims.toml").write_text("[[claim]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in claim.items()))
+    study = Findings(load_sweep(sweep), resamples=50)
     page = write_report(study, study_figures(study)).read_text()
     plain = re.sub(r"base64,[^\"]*", "", page)
     assert "<script" not in plain and "<img src=x" not in plain and "onerror=alert(2)>" not in plain and "&lt;img src=x onerror" in plain
     assert "{{ config }}" in plain and "{{ 7*7 }}" in plain, "a name is no template"
     assert "\x1b" not in page and "\r" not in page
-    line = commands(study)
+    for table in write_tables(study):
+        text = table.read_text()
+        assert "\x1b" not in text
+        assert "\\input{" not in text if table.suffix == ".tex" else not re.search(r"(?<!\\)<", text), "no command in LaTeX, no tag in Markdown"
+    line = commands(study.sweep)
     assert "'1; touch executed #'" in line and "'$(touch executed)'" in line and "\x1b" not in line and "\r" not in line
 
 

@@ -5,16 +5,23 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from madeup import HYPOTHESES, make_sweep
+from madeup import HYPOTHESES, made_up_samples, make_sweep
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.text import Text
 
 from facevae.core import FaceVAEError
+from facevae.findings import Findings
 from facevae.notebooks import execute
-from facevae.report import study_figures, write_report
+from facevae.plates import study_figures
+from facevae.report import write_report
+from facevae.style import new_figure, png
 from facevae.sweeps import load_sweep
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
 FETCHED = {"src", "srcset", "poster", "data", "background", "action"}
-FIGURES = ("bars_masks", "bars_standalone", "bars_ssim_with", "mask_gain", "visual_comparison", "training_curves")
+FIGURES = ("interval_masks", "free_pixels", "scatter_masks", "faces_masks", "interval_standalone", "interval_with_ssim", "ranks", "interval_best", "bars_masks",
+           "bars_standalone", "bars_ssim_with", "visual_comparison", "latent_use", "training_curves")
 
 
 class Page(HTMLParser):
@@ -57,6 +64,11 @@ def test_everything_is_written(study):
     for name in FIGURES:
         assert (study / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (study / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert {path.name for path in (study / "tables").iterdir()} == {f"{name}.{kind}" for kind in ("md", "tex") for name in (
+        "results_face", "results_composite", "results_raw", "verdicts")}
+    compared = pd.read_csv(study / "comparisons.csv")
+    assert {"question", "label", "view", "metric", "improvement", "low", "high", "p_holm", "effect", "share_improved", "images", "seeds"} <= set(compared)
+    assert set(compared.question) == {"masks", "standalone", "with_ssim", "best"} and len(pd.read_csv(study / "claims.csv")) == 24
 
 
 def test_report_is_self_contained_and_says_what_is_missing(study):
@@ -95,7 +107,8 @@ def test_partial_sweeps(name, tmp_path):
         with open(sweep / "H1" / "seed0" / "log.jsonl", "a") as log:
             log.write('{"kind": "train", "st')
     study = load_sweep(sweep)
-    words = " ".join(assert_self_contained(write_report(study, study_figures(study))).words)
+    found = Findings(study, resamples=200)
+    words = " ".join(assert_self_contained(write_report(found, study_figures(found))).words)
     assert {"nothing": "No run has finished yet", "one": "results cannot be used", "user": "l1+l2 (l1+l2 → l1+l2+mask)"}[name] in words
 
 
@@ -106,9 +119,67 @@ def test_names_and_errors_are_escaped(tmp_path):
     status = sweep / hostile / "seed1" / "status.json"
     status.write_text(json.dumps({"state": "failed", "error": "<img src=x onerror=alert(2)>"}))
     study = load_sweep(sweep)
-    page = assert_self_contained(write_report(study, study_figures(study)))
+    found = Findings(study, resamples=200)
+    page = assert_self_contained(write_report(found, study_figures(found)))
     words = " ".join(page.words)
     assert hostile in words and "<img src=x onerror=alert(2)>" in words and "$x_{" in words
+
+
+def overlapping_texts(figure):
+    """Pairs of a figure's visible texts that cover each other."""
+    png(figure, 100)
+    renderer, boxes = figure.canvas.get_renderer(), []
+
+    def walk(artist):
+        if not artist.get_visible():
+            return
+        if isinstance(artist, Text) and artist.get_text().strip():
+            boxes.append((artist.get_text(), artist.get_window_extent(renderer)))
+        children = artist.get_children()
+        if isinstance(artist, Axes) and not artist.axison:
+            children = [child for child in children if not isinstance(child, Axis)]
+        if isinstance(artist, Axis):
+            low, high = sorted(artist.get_view_interval())
+            ticks = [tick for tick in artist.get_major_ticks() if low <= tick.get_loc() <= high]
+            children = [artist.label, artist.offsetText, *(label for tick in ticks for label in (tick.label1, tick.label2))]
+        for child in children:
+            walk(child)
+
+    walk(figure)
+    return [(a, b) for i, (a, first) in enumerate(boxes) for b, second in boxes[i + 1:]
+            if min(first.x1, second.x1) - max(first.x0, second.x0) > 1 and min(first.y1, second.y1) - max(first.y0, second.y0) > 1]
+
+
+def test_no_labels_overlap(tmp_path):
+    clash = new_figure(2, 2)
+    clash.text(0.5, 0.5, "one"), clash.text(0.52, 0.5, "two")
+    assert overlapping_texts(clash) == [("one", "two")]
+    sweep = load_sweep(make_sweep(tmp_path / "sweep", seeds=(0, 1, 2), images=40, lpips=True))
+    for name, plate in study_figures(Findings(sweep, resamples=100), made_up_samples(sweep.cells, 1)).items():
+        assert not overlapping_texts(plate.figure), name
+
+
+def test_claims_of_the_paper_and_your_own(study):
+    """Every claim has a verdict with its numbers on the page, and a few lines add one's own."""
+    (study / "claims.toml").write_text("""
+        [[claim]]
+        name = "mine"
+        question = "Does l1 with masks beat l2 without?"
+        statement = "Masks matter more than the exponent."
+        first = "l2"
+        second = "masked l1"
+        metrics = ["l1", "ssim"]
+        expect = "better"
+    """)
+    found = Findings(load_sweep(study), resamples=200)
+    words = " ".join(assert_self_contained(write_report(found, {"ranks": study_figures(found)["ranks"]})).words)
+    assert len(found.claims) == 25 and all(statement in words for statement in found.claims.statement)
+    assert "Does l1 with masks beat l2 without?" in words and "authors +" in words
+    assert f"Of the 25 claims, {(found.claims.verdict == 'reproduced').sum()} reproduced" in words
+    (study / "claims.toml").write_text('[[claim]]\nname = "mine"\nexpects = "better"\n')
+    with pytest.raises(FaceVAEError, match="claims.toml.*question: Field required"):
+        Findings(load_sweep(study))
+    (study / "claims.toml").unlink()
 
 
 def test_a_directory_that_is_no_sweep(tmp_path):
