@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'WEIGHTS', 'LEAST_FACE', 'MOST_FACE', 'COLUMNS', 'nearest', 'judge', 'doubtful_sheet']
 
-# %% ../nbs/04_label_quality.ipynb #4f7add06
+# %% ../nbs/04_label_quality.ipynb #419b071a
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from .labels import CLASSES, class_ids
 from .pictures import UnusableInput, read_labels, read_picture
 from .store import contact_sheet
 
-# %% ../nbs/04_label_quality.ipynb #94e448f9
+# %% ../nbs/04_label_quality.ipynb #bc22bcd3
 SIDE = 256
 WEIGHTS = {"skin": 1.0, "eyes": 1.0, "nose": 1.0, "lips": 1.0, "brows": 0.25}  # doubt when the part is missing
-LEAST_FACE, MOST_FACE = 0.1, 0.8  # share of the picture beyond which doubt begins; aligned CelebA faces take about a third
+LEAST_FACE, MOST_FACE = 0.1, 0.95  # share of the picture beyond which doubt begins; aligned CelebA faces take about a third
 COLUMNS = ("name", "face", "components", "largest", "ordered", "missing", "doubt")
 
 
@@ -55,7 +55,7 @@ def judge(labels: np.ndarray) -> dict:
     return {"face": round(share, 4), "components": int(components), "largest": round(largest, 4), "ordered": ordered,
             "missing": " ".join(missing), "doubt": round(doubt, 4)}
 
-# %% ../nbs/04_label_quality.ipynb #39cd9831
+# %% ../nbs/04_label_quality.ipynb #b1ef4b2f
 def doubtful_sheet(images: Path, labels: Path, names: Sequence[str], label_names: Sequence[str], size: int = 144) -> Image.Image | None:
     """Pictures side by side, tinted by their label maps; None when none of them can be read.
 

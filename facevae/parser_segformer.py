@@ -27,7 +27,7 @@ FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 def fetch_segformer() -> Path:
     """The directory of the pinned revision in the hub's cache, fetched when it is not there. Raises FaceVAEError, saying what to do by hand."""
     try:
-        return Path(snapshot_download(REPOSITORY, revision=REVISION, allow_patterns=list(FILES)))
+        return Path(snapshot_download(REPOSITORY, revision=REVISION, allow_patterns=list(FILES), token=False))
     except Exception as error:  # no network, no answer, a full disk: the hub has an error of its own for each
         raise FaceVAEError(f"The weights of the parser 'segformer' could not be fetched ({' '.join(str(error).split())[:300]}). Fetch {', '.join(FILES)} of "
                            f"https://huggingface.co/{REPOSITORY}/tree/{REVISION} by other means ({BYTES:,} bytes of weights, sha256 {SHA256}), "

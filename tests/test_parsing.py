@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -70,10 +71,9 @@ def maps(out: Path) -> dict[str, np.ndarray]:
     return {path.relative_to(out).as_posix(): np.asarray(Image.open(path)) for path in out.rglob("*.png")}
 
 
-def alike(out: Path, other: Path) -> bool:
-    """Whether two directories hold the same label maps, but for pixels that the sizes of batches decide: logits that are all but equal."""
-    a, b = maps(out), maps(other)
-    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and (a[name] != b[name]).mean() < 1e-3 for name in a)
+def same(maps: dict[str, np.ndarray], others: dict[str, np.ndarray], share: float = 0) -> bool:
+    """Whether two directories hold the same label maps, but for a share of their pixels."""
+    return maps.keys() == others.keys() and all(maps[name].shape == others[name].shape and (maps[name] != others[name]).mean() <= share for name in maps)
 
 
 # Networks
@@ -164,6 +164,7 @@ def test_glasses_stay_glasses_in_every_scheme():
 # Weights
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", PLANTED)
 def test_payload_as_weights(tmp_path, photographs, monkeypatch, how):
     """Nothing runs, whether the digest is wrong, right, or not asked for."""
@@ -259,23 +260,20 @@ def test_killed_and_resumed(photographs, weights, undisturbed, tmp_path):
     after = facevae_here("parse-masks", "--images", photographs, "--out", out, "--weights", weights, "--any-weights", "--batch-size", 2)
     assert after.returncode == 0 and "14 label maps" in after.stdout, after.stderr
     assert all(path.stat().st_mtime_ns == written for path, written in done.items()), "something was parsed twice"
-    assert alike(out, undisturbed) and len(maps(out)) == 14
+    assert same(maps(out), maps(undisturbed), 1e-3), "but for logits that are all but equal: the size of a batch decides"
+    assert len(maps(out)) == 14
     assert (out / "parsing.json").read_text() == (undisturbed / "parsing.json").read_text()
     assert len((out / "quality.csv").read_text().splitlines()) == 15
     assert (out / "doubtful.jpg").stat().st_size and not [path for path in out.rglob(".*") if path.name.endswith(".partial")]
 
 
-QUICK = """
-import sys, time
-import numpy as np, torch
-from facevae.parsing import parse_folder
 class Quick:
+    """A parser that tells parts apart by how red they are, in no time."""
     name, scheme, weights_sha256, revision, size = "quick", "face-parsing", "0" * 64, None, 64
+
     def __call__(self, pictures):
-        time.sleep(0.004)
+        time.sleep(0.002)
         return torch.from_numpy((pictures[..., 0] // 14).astype(np.uint8))
-parse_folder(sys.argv[1], sys.argv[2], Quick(), batch_size=4, workers=2, progress=False)
-"""
 
 
 def test_killed_again_and_again(tmp_path):
@@ -283,38 +281,42 @@ def test_killed_again_and_again(tmp_path):
     images, out = tmp_path / "images", tmp_path / "labels"
     images.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(600):
+    for i in range(300):
         Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(images / f"{i:03d}.png")
     written, kills = {}, 0
-    for more in (1, 60, 200, 1000):
-        process = subprocess.Popen([sys.executable, "-c", QUICK, str(images), str(out)], stderr=subprocess.PIPE, text=True)
-        before = len(written)
-        while process.poll() is None and (not out.exists() or sum(entry.name.endswith(".png") for entry in os.scandir(out)) < before + more):
-            time.sleep(0.003)
-        kills += process.poll() is None
+    for more in (0, 1, 17, 40, 60, 90, 1000):
+        process = multiprocessing.get_context("fork").Process(target=parse_folder, args=(images, out, Quick(), 4, 2, 0.01, False))
+        process.start()
+        while process.is_alive() and (not out.exists() or sum(entry.name.endswith(".png") for entry in os.scandir(out)) < len(written) + more):
+            time.sleep(0.002)
+        kills += process.is_alive()
         process.kill()
-        errors = process.communicate()[1]
-        assert more < 1000 or process.returncode == 0, errors
+        process.join()
         now = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
         assert all(is_whole(out / name) for name in now) and written.items() <= now.items(), "written twice"
         written = now
-    assert kills >= 3 and len(written) == 600
+    assert kills >= 4 and process.exitcode == 0 and len(written) == 300
     with open(out / "quality.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sorted(Path(row["name"]).stem for row in rows) == sorted(Path(name).stem for name in written)
-    assert json.loads((out / "parsing.json").read_text())["complete"] and [float(row["doubt"]) for row in rows] == sorted((float(row["doubt"]) for row in rows), reverse=True)
+    doubts = [float(row["doubt"]) for row in rows]
+    assert doubts == sorted(doubts, reverse=True) and json.loads((out / "parsing.json").read_text())["complete"]
 
 
-def test_what_only_looks_finished_is_done_again(photographs, undisturbed, weights, tmp_path):
-    out = tmp_path / "labels"
-    shutil.copytree(undisturbed, out)
-    (out / "00.png").write_bytes(b"")  # as a power cut leaves it
-    whole = (out / "02.png").read_bytes()
-    (out / "02.png").write_bytes(whole[:len(whole) // 2])
-    (out / "more" / "01.png").unlink()
-    kept = (out / "04.png").stat().st_mtime_ns
-    parse_folder(photographs, out, load_bisenet(weights, any_weights=True), progress=False)
-    assert alike(out, undisturbed) and (out / "04.png").stat().st_mtime_ns == kept
+@pytest.fixture
+def labelled(photographs, tmp_path):
+    parse_folder(photographs, tmp_path / "labels", Quick(), progress=False)
+    return tmp_path / "labels"
+
+
+def test_what_only_looks_finished_is_done_again(photographs, labelled):
+    before, kept = maps(labelled), (labelled / "04.png").stat().st_mtime_ns
+    (labelled / "00.png").write_bytes(b"")  # as a power cut leaves it
+    whole = (labelled / "02.png").read_bytes()
+    (labelled / "02.png").write_bytes(whole[:len(whole) // 2])
+    (labelled / "more" / "01.png").unlink()
+    parse_folder(photographs, labelled, Quick(), progress=False)
+    assert same(maps(labelled), before) and (labelled / "04.png").stat().st_mtime_ns == kept
 
 
 def test_another_parser_or_directory_is_refused(photographs, undisturbed, weights, tmp_path):
@@ -334,24 +336,25 @@ def test_another_parser_or_directory_is_refused(photographs, undisturbed, weight
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear" and not (tmp_path / "out").exists()
 
 
-def test_full_disk_says_so_and_the_rest_is_done_later(photographs, undisturbed, weights, tmp_path, monkeypatch):
+def test_full_disk_says_so_and_the_rest_is_done_later(photographs, labelled, tmp_path, monkeypatch):
     replace, calls = os.replace, []
     def full(source, target):
         calls.append(target)
         if str(target).endswith(".png") and len(calls) > 6:
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         replace(source, target)
-    parser = load_bisenet(weights, any_weights=True)
     monkeypatch.setattr(os, "replace", full)
-    assert "no space left" in refused(parse_folder, photographs, tmp_path / "labels", parser, batch_size=2, progress=False)
+    assert "no space left" in refused(parse_folder, photographs, tmp_path / "later", Quick(), batch_size=2, progress=False)
     monkeypatch.undo()
-    assert 0 < len(maps(tmp_path / "labels")) < 14
-    parse_folder(photographs, tmp_path / "labels", parser, progress=False)
-    assert alike(tmp_path / "labels", undisturbed)
+    assert 0 < len(maps(tmp_path / "later")) < 14
+    parse_folder(photographs, tmp_path / "later", Quick(), progress=False)
+    assert same(maps(tmp_path / "later"), maps(labelled))
 
 
-def test_label_maps_are_ready_to_be_packed(photographs, undisturbed, tmp_path):
-    store = pack(FolderSource(photographs, undisturbed, scheme=json.loads((undisturbed / "parsing.json").read_text())["scheme"], size=36), tmp_path / "store", progress=False)
+@pytest.mark.filterwarnings("ignore:The labels")  # which mean nothing
+def test_label_maps_are_ready_to_be_packed(photographs, labelled, tmp_path):
+    scheme = json.loads((labelled / "parsing.json").read_text())["scheme"]
+    store = pack(FolderSource(photographs, labelled, scheme=scheme, size=36), tmp_path / "store", progress=False)
     assert len(store) == 14 and not store.manifest.skipped and not [note for note in store.manifest.notes if "no picture" in note]
 
 
