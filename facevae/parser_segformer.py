@@ -6,7 +6,7 @@
 __all__ = ['REPOSITORY', 'REVISION', 'SHA256', 'BYTES', 'FILES', 'fetch_segformer', 'read_preparation', 'Logits',
            'load_segformer']
 
-# %% ../nbs/04_parser_segformer.ipynb #bf403ca8
+# %% ../nbs/04_parser_segformer.ipynb #c92dd71b
 import math
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .core import FaceVAEError
 from .parser import IMAGENET_MEAN, IMAGENET_STD, FaceParser, read_weights
 from .untrusted import read_object
 
-# %% ../nbs/04_parser_segformer.ipynb #3f6edc9d
+# %% ../nbs/04_parser_segformer.ipynb #a5ff2adf
 REPOSITORY, REVISION = "jonathandinu/face-parsing", "758b82e15a0178c9db39c1ff666a8b56e3a550c8"
 SHA256, BYTES = "c2bec795a8c243db71bd95be538fd62559003566466c71237e45c99b920f4b62", 338_580_732
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
@@ -33,7 +33,7 @@ def fetch_segformer() -> Path:
                            f"https://huggingface.co/{REPOSITORY}/tree/{REVISION} by other means ({BYTES:,} bytes of weights, sha256 {SHA256}), "
                            "put them into one directory, and name it with --weights DIR.") from None
 
-# %% ../nbs/04_parser_segformer.ipynb #fa432f2e
+# %% ../nbs/04_parser_segformer.ipynb #c41a381e
 def read_preparation(path: str | Path) -> dict:
     """The arguments size, mean and std of `FaceParser`, from a `preprocessor_config.json`. Raises FaceVAEError when they do not stand in it."""
     remedy = "Name a directory that holds a SegFormer with --weights."
@@ -42,7 +42,7 @@ def read_preparation(path: str | Path) -> dict:
     if isinstance(size, dict):
         size = size.get("height") if size.get("height") == size.get("width") else None
     mean, std = (config.get(key, usual) for key, usual in (("image_mean", list(IMAGENET_MEAN)), ("image_std", list(IMAGENET_STD))))
-    three = all(isinstance(values, list) and len(values) == 3 and all(isinstance(v, float) and math.isfinite(v) for v in values) for values in (mean, std))
+    three = all(isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values) for values in (mean, std))
     if type(size) is not int or not 32 <= size <= 2048 or not three or min(std) <= 0:
         raise FaceVAEError(f"'{path}' does not say how pictures are prepared: expected are a square 'size' of 32 to 2048 pixels, "
                            f"and three numbers each as 'image_mean' and 'image_std'. {remedy}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOADERS', 'MOST_DOUBTFUL', 'load_parser', 'Stages', 'in_lists', 'check_folders', 'parse_folder']
 
-# %% ../nbs/04_parsing.ipynb #f34e2736
+# %% ../nbs/04_parsing.ipynb #a4a34c5d
 import contextlib
 import csv
 import errno
@@ -32,7 +32,7 @@ from .pictures import UnusableInput, read_labels, read_picture
 from .sources import SUFFIXES, list_files, map_ahead, stem
 from .untrusted import inside, name_problem
 
-# %% ../nbs/04_parsing.ipynb #1b85f875
+# %% ../nbs/04_parsing.ipynb #7d04ef89
 LOADERS = {"bisenet": load_bisenet, "segformer": load_segformer}
 
 
@@ -43,28 +43,27 @@ def load_parser(name: str = "bisenet", weights: str | Path | None = None, any_we
         raise FaceVAEError(f"Unknown parser '{name}'. {choices(name, LOADERS)}")
     return LOADERS[name](weights, any_weights, device, precision)
 
-# %% ../nbs/04_parsing.ipynb #7cb33b75
+# %% ../nbs/04_parsing.ipynb #c8f7a005
 class Stages:
     """What happens to each picture of a folder; the methods may run in threads.
 
-    images: folder of pictures. out: directory of label maps. parser: see `load_parser`. names: the pictures, relative to `images`.
+    images: folder of pictures. out: directory of label maps. parser: see `load_parser`. names: of all pictures, relative to `images`; the
+    attribute has those that a label map can be named after, and `unusable` the others.
     """
 
     def __init__(self, images: Path, out: Path, parser: Parser, names: list[str]):
-        self.images, self.out, self.parser, self.names = images, out, parser, names
-        seen = set()
-        self.shared = {part for part in map(stem, names) if part in seen or seen.add(part)}
-
-    def is_done(self, name: str) -> bool:
-        """Whether the label map of a picture is there."""
-        return stem(name) not in self.shared and is_whole(self.out / label_name(name))
+        self.images, self.out, self.parser, self.names, self.unusable, seen = images, out, parser, [], [], set()
+        shared = {part for part in map(stem, names) if part in seen or seen.add(part)}
+        for name in names:
+            if problem := name_problem(name):
+                self.unusable.append(Skipped(name, problem))
+            elif stem(name) in shared:
+                self.unusable.append(Skipped(name, "pictures share one label map", "two of this name differ only in their suffix"))
+            else:
+                self.names.append(name)
 
     def read(self, name: str) -> tuple | Skipped:
         """A picture as (name, uint8 (S, S, 3), (width, height)), or why it cannot be used."""
-        if problem := name_problem(name):
-            return Skipped(name, problem)
-        if stem(name) in self.shared:
-            return Skipped(name, "pictures share one label map", "two of this name differ only in their suffix")
         try:
             return name, *read_picture(self.images / name, self.parser.size)
         except UnusableInput as unusable:
@@ -85,7 +84,7 @@ class Stages:
         write_labels(self.out, name, labels)
         return {"name": name, **judge(labels)}
 
-    def judge(self, name: str) -> dict | str:
+    def judge_again(self, name: str) -> dict | str:
         """The row of a label map that is there; its name when it cannot be read."""
         try:
             return {"name": name, **judge(read_labels(self.out / label_name(name), self.parser.scheme, SIDE))}
@@ -99,37 +98,38 @@ def in_lists(items: Iterable, size: int) -> Generator[list]:
     while batch := list(islice(items, size)):
         yield batch
 
-# %% ../nbs/04_parsing.ipynb #e4f22f67
+# %% ../nbs/04_parsing.ipynb #6412da22
 MOST_DOUBTFUL = 64
 
 
 def _run(stages: Stages, batch_size: int, workers: int, max_bad: float, progress: bool, record: dict) -> list[Skipped]:
     """Write the label maps and rows that are missing; returns what was skipped."""
-    out, names = stages.out, stages.names
-    done = np.fromiter((stages.is_done(name) for name in names), bool, len(names))
+    out, names, skipped, broken = stages.out, stages.names, stages.unusable[:], []
+    total = len(names) + len(skipped)
+    done = np.fromiter((is_whole(out / label_name(name)) for name in names), bool, len(names))
     if not done.all():
         write_text(out / RECORD, json.dumps(record | {"count": int(done.sum())}, indent=1))
     table = read_quality(out, [name for name, there in zip(names, done) if there])
     judged = pd.Index(names).isin(table["name"])
     write_table(out / TABLE, table)
     del table
-    ahead, broken, skipped = -(-2 * batch_size // workers), [], []
+    ahead = -(-2 * batch_size // workers)
     with contextlib.ExitStack() as stack:
         def threads(*arguments): return stack.enter_context(contextlib.closing(map_ahead(*arguments)))
 
-        again = threads(stages.judge, (name for name, wanted in zip(names, done & ~judged) if wanted), workers)
+        again = threads(stages.judge_again, (name for name, wanted in zip(names, done & ~judged) if wanted), workers)
         pictures = threads(stages.read, chain((name for name, there in zip(names, done) if not there), broken), workers, ahead)
         batches = threads(stages.parse, in_lists(pictures, batch_size), 1, 2)
         written = threads(stages.write, chain.from_iterable(batches), workers, ahead)
         rows = csv.DictWriter(stack.enter_context(open(inside(out, TABLE), "a", newline="", encoding="utf-8", buffering=1)), COLUMNS)
-        bar = stack.enter_context(progress_bar(len(names), f"parsing {stages.images.name}", "image", progress, done=int((done & judged).sum())))
+        bar = stack.enter_context(progress_bar(total, f"parsing {printable(stages.images.name)}", "image", progress, done=len(skipped) + int((done & judged).sum())))
         for result in chain(again, written):
             if isinstance(result, str):  # it has an end and is damaged all the same: parsed anew
                 broken.append(result)
                 continue
             if isinstance(result, Skipped):
                 skipped.append(result)
-                if len(skipped) > max(max_bad * len(names), 100):
+                if len(skipped) > max(max_bad * total, 100):
                     break
             else:
                 rows.writerow(result)
@@ -148,7 +148,8 @@ def _verdict(out: Path, count: int, skipped: list[Skipped], total: int, max_bad:
     first = "; ".join(printable(f"{bad.name}: {bad.reason}") for bad in skipped[:5]) + ("; and others" if len(skipped) > 5 else "")
     allowed = min(1.0, math.ceil(100 * len(skipped) / total) / 100)
     remedy = f", or skip them all with --max-bad {allowed:g} (allowed was {max_bad:g})" if count else ""
-    raise FaceVAEError(f"{len(skipped)} of {total} pictures cannot be parsed ('{SKIPPED}' lists them). {first}. Mend or remove them{remedy}.")
+    so_far = " so far" if count + len(skipped) < total else ""
+    raise FaceVAEError(f"{len(skipped)} of {total} pictures cannot be parsed{so_far} ('{SKIPPED}' lists them). {first}. Mend or remove them{remedy}.")
 
 
 def _finish(stages: Stages, skipped: list[Skipped], max_bad: float, record: dict) -> dict:
@@ -156,7 +157,7 @@ def _finish(stages: Stages, skipped: list[Skipped], max_bad: float, record: dict
     out, names = stages.out, stages.names
     table = read_quality(out, names).sort_values(["doubt", "name"], ascending=[False, True])
     write_table(out / TABLE, table)
-    _verdict(out, len(table), skipped, len(names), max_bad)
+    _verdict(out, len(table), skipped, len(names) + len(stages.unusable), max_bad)
     worst = table["name"].head(MOST_DOUBTFUL)
     if sheet := doubtful_sheet(stages.images, out, worst, worst.map(label_name)):
         with atomic_file(out / SHEET) as file:
@@ -166,7 +167,7 @@ def _finish(stages: Stages, skipped: list[Skipped], max_bad: float, record: dict
     write_text(out / RECORD, json.dumps(record, indent=1))
     return record
 
-# %% ../nbs/04_parsing.ipynb #2a5e6296
+# %% ../nbs/04_parsing.ipynb #fb6e1048
 def check_folders(images: str | Path, out: str | Path, max_bad: float) -> tuple[Path, Path]:
     """The two folders, resolved. Raises FaceVAEError for arguments of `parse_folder` that cannot work, before any weights are fetched."""
     images, out = Path(os.path.realpath(images)), Path(os.path.realpath(out))
