@@ -17,7 +17,6 @@ from typing import Annotated, Optional
 import typer
 
 from .core import THREADS_WAIT, FaceVAEError, printable, progress_bar
-from .parse_command import parse_masks
 
 # %% ../nbs/17_cli.ipynb #a978b2c1
 app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -84,6 +83,9 @@ def verify(store: Annotated[Path, typer.Argument(help="A store.")]):
 def _tell(store) -> None:
     splits = ", ".join(f"{len(store.rows(split))} {split}" for split in ("train", "val", "test"))
     typer.echo(f"{store.path}: {len(store)} faces of {store.size} x {store.size} pixels ({splits})")
+
+# %% ../nbs/17_cli.ipynb #7be1a0c3
+from .parse_command import parse_masks
 
 # %% ../nbs/17_cli.ipynb #7be1a0c4
 app.command("parse-masks")(parse_masks)

@@ -15,7 +15,7 @@ def refused(*arguments):
     return re.sub(r"\s+", " ", done.stderr)
 
 
-@pytest.mark.parametrize("command", [[], ["pack"], ["pack", "synthetic"], ["pack", "folder"], ["verify"], ["parse-masks"], ["train"], ["ablate"], ["status"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["pack"], ["pack", "synthetic"], ["pack", "folder"], ["verify"], ["train"], ["ablate"], ["status"], ["report"]])
 def test_help(command):
     done = facevae_here(*command, "--help")
     assert done.returncode == 0 and "Usage: facevae" in done.stdout and len(done.stdout.splitlines()) > 5

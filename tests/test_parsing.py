@@ -230,6 +230,12 @@ def test_segformer_that_cannot_be_fetched(tmp_path, monkeypatch):
 # The command
 
 
+def test_help():
+    done = facevae_here("parse-masks", "--help")
+    assert done.returncode == 0 and "Usage: facevae parse-masks" in done.stdout and "non-commercial" in done.stdout
+    assert "parse-masks" in facevae_here("--help").stdout
+
+
 def command(photographs, out, weights, *options, **popen):
     return subprocess.Popen([str(Path(sys.executable).parent / "facevae"), "parse-masks", "--images", str(photographs), "--out", str(out), "--weights",
                              str(weights), "--any-weights", "--batch-size", "2", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
