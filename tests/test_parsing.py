@@ -232,7 +232,7 @@ def test_segformer_that_cannot_be_fetched(tmp_path, monkeypatch):
 
 def test_help():
     done = facevae_here("parse-masks", "--help")
-    assert done.returncode == 0 and "Usage: facevae parse-masks" in done.stdout and "non-commercial" in done.stdout
+    assert done.returncode == 0 and "Usage: facevae parse-masks" in done.stdout and "CelebAMask-HQ" in done.stdout
     assert "parse-masks" in facevae_here("--help").stdout
 
 
