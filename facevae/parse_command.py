@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'parse_masks']
 
-# %% ../nbs/16_parse_command.ipynb #316b4f6e
+# %% ../nbs/16_parse_command.ipynb #0d8c8d2d
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -13,7 +13,7 @@ import typer
 
 from .core import FaceVAEError, printable
 
-# %% ../nbs/16_parse_command.ipynb #ad64bec9
+# %% ../nbs/16_parse_command.ipynb #e71cc6b9
 def choose_device(name: str | None):
     """The torch device of a name, or the best one that there is. Raises FaceVAEError for one that is not there."""
     import torch
@@ -46,6 +46,6 @@ def parse_masks(images: Annotated[Path, typer.Option("--images", help="Folder of
     chosen = choose_device(device)
     network = load_parser(parser, weights, any_weights, chosen, choose_precision("auto", chosen))
     record = parse_folder(images, out, network, batch_size or (32 if chosen.type == "cuda" else 4), workers or processors(), max_bad)
-    typer.echo(f"{printable(str(out))}: {record['count']} label maps by {parser}; the most doubtful are on {SHEET}")
+    typer.echo(f"{printable(str(out))}: {record['count']} label maps by {parser}, of which {record['doubtful']} have a doubt of 1 or more; {SHEET} shows the most doubtful")
     if record["skipped"]:
         typer.echo(f"Skipped {record['skipped']} {'picture' if record['skipped'] == 1 else 'pictures'} ({SKIPPED} lists them).", err=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOADERS', 'MOST_DOUBTFUL', 'load_parser', 'Stages', 'in_lists', 'check_folders', 'parse_folder']
 
-# %% ../nbs/04_parsing.ipynb #a4a34c5d
+# %% ../nbs/04_parsing.ipynb #8880650a
 import contextlib
 import csv
 import errno
@@ -32,7 +32,7 @@ from .pictures import UnusableInput, read_labels, read_picture
 from .sources import SUFFIXES, list_files, map_ahead, stem
 from .untrusted import inside, name_problem
 
-# %% ../nbs/04_parsing.ipynb #7d04ef89
+# %% ../nbs/04_parsing.ipynb #e6035f03
 LOADERS = {"bisenet": load_bisenet, "segformer": load_segformer}
 
 
@@ -43,7 +43,7 @@ def load_parser(name: str = "bisenet", weights: str | Path | None = None, any_we
         raise FaceVAEError(f"Unknown parser '{name}'. {choices(name, LOADERS)}")
     return LOADERS[name](weights, any_weights, device, precision)
 
-# %% ../nbs/04_parsing.ipynb #c8f7a005
+# %% ../nbs/04_parsing.ipynb #0bb7fc3f
 class Stages:
     """What happens to each picture of a folder; the methods may run in threads.
 
@@ -98,8 +98,8 @@ def in_lists(items: Iterable, size: int) -> Generator[list]:
     while batch := list(islice(items, size)):
         yield batch
 
-# %% ../nbs/04_parsing.ipynb #6412da22
-MOST_DOUBTFUL = 64
+# %% ../nbs/04_parsing.ipynb #ae784d65
+MOST_DOUBTFUL = 64  # on the sheet
 
 
 def _run(stages: Stages, batch_size: int, workers: int, max_bad: float, progress: bool, record: dict) -> list[Skipped]:
@@ -162,12 +162,12 @@ def _finish(stages: Stages, skipped: list[Skipped], max_bad: float, record: dict
     if sheet := doubtful_sheet(stages.images, out, worst, worst.map(label_name)):
         with atomic_file(out / SHEET) as file:
             sheet.save(file, "JPEG", quality=90)
-    record |= {"count": len(table), "skipped": len(skipped), "complete": True}
+    record |= {"count": len(table), "skipped": len(skipped), "doubtful": int((table["doubt"] >= 1).sum()), "complete": True}
     os.sync()  # nothing is called complete before the disk has it
     write_text(out / RECORD, json.dumps(record, indent=1))
     return record
 
-# %% ../nbs/04_parsing.ipynb #fb6e1048
+# %% ../nbs/04_parsing.ipynb #1c0cb78c
 def check_folders(images: str | Path, out: str | Path, max_bad: float) -> tuple[Path, Path]:
     """The two folders, resolved. Raises FaceVAEError for arguments of `parse_folder` that cannot work, before any weights are fetched."""
     images, out = Path(os.path.realpath(images)), Path(os.path.realpath(out))
@@ -193,7 +193,7 @@ def parse_folder(images: str | Path, out: str | Path, parser: Parser, batch_size
     if not names:
         raise FaceVAEError(f"--images: the folder '{images}' holds no pictures ({', '.join(SUFFIXES)}).")
     record = {"scheme": parser.scheme, "parser": parser.name, "weights_sha256": parser.weights_sha256, "revision": parser.revision, "size": parser.size,
-              "facevae": __version__, "count": 0, "skipped": 0, "complete": False}
+              "facevae": __version__, "count": 0, "skipped": 0, "doubtful": 0, "complete": False}
     try:
         with alone(out):
             check_record(out, record)
