@@ -51,6 +51,12 @@ def verify(store: Annotated[Path, typer.Argument(help="A store.")]):
     opened.verify()
     typer.echo(store_line(opened))
 
+# %% ../nbs/17_cli.ipynb #7be1a0c3
+from .parse_command import parse_masks
+
+# %% ../nbs/17_cli.ipynb #7be1a0c4
+app.command("parse-masks")(parse_masks)
+
 # %% ../nbs/17_cli.ipynb #95e5f3b5
 @app.command()
 def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")], data: Data, out: Out,

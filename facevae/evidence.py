@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'title', 'interval_plot', 'rank_plot', 'scatter_plot', 'free_pixels_plot', 'latent_plot']
 
-# %% ../nbs/13_evidence.ipynb #ae66e510
+# %% ../nbs/13_evidence.ipynb #3565bfe9
 import textwrap
 
 import numpy as np
@@ -19,7 +19,7 @@ from .comparison import Scores, answer, apparent_gain, question_pairs, ranks
 from .style import LOSS_COLORS, VIEW_STYLE, WITH, WITHOUT, new_figure, notice, png, styled
 from .sweeps import load_sweep
 
-# %% ../nbs/13_evidence.ipynb #9537a696
+# %% ../nbs/13_evidence.ipynb #22614921
 def title(figure: Figure, text: str, note: str = "") -> None:
     """A headline at the left, and a remark below."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
@@ -71,7 +71,7 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
           + (f"; {views[0]} view." if len(views) == 1 else "."))
     return figure
 
-# %% ../nbs/13_evidence.ipynb #3024ea10
+# %% ../nbs/13_evidence.ipynb #489b9734
 @styled
 def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
     """The rank of each hypothesis on each metric, the best mean rank on top. summary: from `over_seeds`."""
@@ -101,7 +101,7 @@ def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
     title(figure, f"Ranks on the {view} view", "1 is best. Hypotheses that lack a metric are left out.")
     return figure
 
-# %% ../nbs/13_evidence.ipynb #389ee4b9
+# %% ../nbs/13_evidence.ipynb #73c9fbe8
 @styled
 def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tuple[str, ...] = ("ssim", "l1"), view: str = "face",
                  names: tuple[str, str] = ("without masks", "with masks")) -> Figure:
@@ -140,7 +140,7 @@ def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tup
     title(figure, f"Each test image, {names[0]} and {names[1]} ({view} view)", f"{arrows} (the direction of better values). A point is an image, averaged over seeds.")
     return figure
 
-# %% ../nbs/13_evidence.ipynb #6bab5ded
+# %% ../nbs/13_evidence.ipynb #1b5eb157
 PARTS = {"pasted": ("pasting the true background, same unmasked model", "#c9ced3"), "better": ("masked model, same pasting", WITH),
          "own_mask": ("its own mask instead of the true one", "#d55e00")}
 
@@ -177,7 +177,7 @@ def free_pixels_plot(table: pd.DataFrame, metrics: tuple[str, ...] = ("l1", "l2"
     title(figure, "How much of the apparent gain is pasted background")
     return figure
 
-# %% ../nbs/13_evidence.ipynb #caea5f95
+# %% ../nbs/13_evidence.ipynb #d5a1c749
 @styled
 def latent_plot(latents: pd.DataFrame) -> Figure:
     """KL by dimension, and how many dimensions are active, for each hypothesis. latents: `Sweep.latents`."""
@@ -202,7 +202,8 @@ def latent_plot(latents: pd.DataFrame) -> Figure:
     left.set(yscale="log", xlabel="dimension, by falling KL", ylabel="KL (nats)", title="KL by dimension")
     left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.legend(handles=[Line2D([], [], color=LOSS_COLORS[i % len(LOSS_COLORS)], label=label) for i, label in enumerate(pairs.label)]
-                + [Line2D([], [], color="#444444", linestyle=line, label=told) for line, told in (("--", "without masks"), ("-", "with masks"))], fontsize=8)
+                + [Line2D([], [], color="#444444", linestyle=line, label=told) for line, told in (("--", "without masks"), ("-", "with masks"))],
+                fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     dimensions = latents.dimension.nunique()
     right.set(title=f"Active dimensions of {dimensions}", xlim=(0, dimensions), ylim=(len(pairs) - 0.4, -0.6))
     right.set_yticks(range(len(pairs)), pairs.label)

@@ -131,10 +131,11 @@ def parameters_are_tagged():
 
 # What runs code that stands in a file, or can be made to: by module, by function, by argument.
 EXECUTING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code", "codeop", "yaml"}
-EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "torch.load", "torch.jit.load", "torch.package", "torch.hub.load", "os.system", "os.popen",
+EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "torch.jit.load", "torch.package", "torch.hub.load", "os.system", "os.popen",
                    "pd.read_pickle", "pandas.read_pickle", "np.fromregex", "numpy.fromregex", "np.lib.format.read_array", "pd.eval", "tempfile.mktemp"}
 EXECUTING_METHODS = {"to_pickle", "read_pickle", "query"}
-SAFE_ARGUMENTS = {"np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False), "jinja2.Environment": ("autoescape", True), "jinja2.Template": ("autoescape", True)}
+SAFE_ARGUMENTS = {"np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False), "jinja2.Environment": ("autoescape", True), "jinja2.Template": ("autoescape", True),
+                  "torch.load": ("weights_only", True)}
 
 
 def executing(source: str):
