@@ -12,6 +12,7 @@ from unittest import mock
 import drawn_celeba
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, facevae, facevae_here
 from drawn_celeba import ATTRIBUTES, RECORD, Faces
 from PIL import Image
@@ -21,6 +22,7 @@ from facevae.celeba import COUNT, LAST
 from facevae.core import FaceVAEError
 from facevae.hypotheses import make_config
 from facevae.packing import Faces as Packed
+from facevae.parser_bisenet import BiSeNet
 from facevae.run import RunDirectory
 from facevae.sources_celeba import CelebASource
 from facevae.sources_celebamask_hq import CelebAMaskHQSource
@@ -294,14 +296,42 @@ def test_a_download_without_gdown(tmp_path):
     assert "pip install gdown" in said and "list_attr_celeba.txt from https://drive.google.com" in said
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.manual_seed(0)
+    torch.save(BiSeNet().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("layout, pictures", [("official", "Img/img_align_celeba"), ("torchvision", "celeba/img_align_celeba"), ("kaggle", "img_align_celeba"), ("kaggle", "")])
+def test_from_pictures_to_a_store_with_masks(layout, pictures, weights, tmp_path):
+    """The first two commands of the README, with a parser of random weights; whichever folder of CelebA it is given."""
+    root, labels = drawn_celeba.CELEBA[layout](Faces(1), tmp_path / "celeba"), tmp_path / "labels"
+    done = facevae_here("parse-masks", "--images", root / pictures, "--out", labels, "--weights", weights, "--any-weights")
+    assert done.returncode == 0, done.stderr
+    done = facevae_here(*command(root, "--allow-subset"))
+    assert done.returncode == 0 and "3 faces of 36 x 36 pixels (1 train, 1 val, 1 test)" in done.stdout, done.stderr
+    store = FaceStore(tmp_path / "store").verify()
+    record = json.loads((labels / "parsing.json").read_text())
+    assert store.manifest.source["parsing"] == record and store.manifest.scheme == record["scheme"] == "face-parsing" and record["parser"] == "bisenet"
+    found = {path.stem: np.asarray(Image.open(path)) for path in labels.rglob("*.png")}
+    rows, columns = (((np.arange(SIZE) + 0.5) * length / SIZE).astype(int) for length in (218, 178))
+    for name, packed_labels in zip(store.index["name"], store.labels):
+        assert (packed_labels == found[name.removesuffix(".jpg")][rows[:, None], columns]).all()
+
+
 @pytest.mark.slow
-def test_from_celeba_to_the_study(celeba):
-    """What the README shows, once there are label maps: pack, then the study."""
-    facevae(*command(celeba, "--allow-subset"))
+def test_from_celeba_to_the_study(celeba, weights):
+    """The three commands of the README."""
+    labels = celeba.parent / "parsed"
+    facevae("parse-masks", "--images", celeba / "Img" / "img_align_celeba", "--out", labels, "--weights", weights, "--any-weights")
+    facevae(*command(celeba, "--allow-subset", labels=labels))
     facevae("ablate", "--data", celeba.parent / "store", "--out", celeba.parent / "sweep", "--hypotheses", "H9", *TINY)
-    assert json.loads((celeba.parent / "sweep" / "sweep.json").read_text())["data_source"]["parsing"] == RECORD
-    assert json.loads((celeba.parent / "sweep" / "H9" / "seed0" / "config.json").read_text())["data_source"]["parsing"] == RECORD
-    assert "drawn" in (celeba.parent / "sweep" / "report.html").read_text()
+    record = json.loads((labels / "parsing.json").read_text())
+    for path in ("sweep.json", "H9/seed0/config.json"):
+        assert json.loads((celeba.parent / "sweep" / path).read_text())["data_source"]["parsing"] == record
+    assert record["weights_sha256"] in (celeba.parent / "sweep" / "report.html").read_text()
 
 
 def hq_command(root, *options):
