@@ -65,7 +65,7 @@ def label_scheme(labels: str | Path, scheme: str | None = None) -> tuple[str, di
     """The scheme of a folder of label maps, and the record of the parser that made them, if there is one.
 
     scheme: what the user says it is, a key of `labels.SCHEMES`.
-    Raises FaceVAEError when the scheme is unknown, differs from the record's, or is named by nobody.
+    Raises FaceVAEError when the scheme is unknown, differs from the record's, or is named by nobody, and when the parser has not come to its end.
     """
     if scheme is not None and scheme not in SCHEMES:
         raise FaceVAEError(f"Unknown label scheme '{scheme}'. {choices(scheme, SCHEMES)}")
@@ -73,6 +73,8 @@ def label_scheme(labels: str | Path, scheme: str | None = None) -> tuple[str, di
     if scheme is None and record is None:
         raise FaceVAEError(f"--scheme: how the label maps in '{labels}' number the classes is not known, for there is no {FILE} beside them. "
                            f"{choices('', SCHEMES)} Those of facevae parse-masks come with that file.")
+    if record and record.get("complete") is False:
+        raise FaceVAEError(f"'{Path(labels) / FILE}' says that its label maps are not complete. Give the same facevae parse-masks command again: it goes on where it stopped.")
     if scheme and record and scheme != record["scheme"]:
         raise FaceVAEError(f"--scheme is {scheme}, but '{Path(labels) / FILE}' says that the label maps are in {record['scheme']}. "
                            "Leave --scheme out, or name the folder that you mean.")
