@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['page_table', 'markdown_report', 'write_markdown']
 
-# %% ../nbs/13_report_markdown.ipynb #95415fd4
+# %% ../nbs/13_report_markdown.ipynb #8bf285da
 from pathlib import Path
 
 from .comparison import QUESTIONS
@@ -18,7 +18,7 @@ from .plates import Plate, study_figures
 from .report import commands, facts
 from .sweeps import load_sweep
 
-# %% ../nbs/13_report_markdown.ipynb #18aee832
+# %% ../nbs/13_report_markdown.ipynb #5315d899
 def page_table(table: dict) -> str:
     """A table of the page as Markdown; the smaller lines of a cell follow in its next lines."""
     marks = {"best": "**", "better": "**", "worse": "*"}
@@ -48,7 +48,7 @@ def markdown_report(found: Findings, figures: dict[str, Plate], folder: str = "f
     """The report as Markdown. figures: from `study_figures`; folder: where their PNGs lie, seen from the page."""
     sweep, done = found.sweep, int((found.sweep.cells.state == "done").sum())
     told = [*findings(found.summary, found.answers["masks"]), *filter(None, [verdict_sentence(found)])]
-    blocks = ["# Face reconstruction with and without masks", f"{sweep.cells.hypothesis.nunique()} hypotheses, {sweep.cells.seed.nunique()} seeds, {done} of {len(sweep.cells)} runs finished.",
+    blocks = ["# Face reconstruction with and without masks", f"{sweep.cells.hypothesis.nunique()} hypotheses, {sweep.cells.seed.nunique()} seed{'s' * (sweep.cells.seed.nunique() != 1)}, {done} of {len(sweep.cells)} runs finished.",
               "\n".join(f"- {md(sentence)}" for sentence in told) or "No run has finished yet, so there is nothing to compare.",
               "\n".join(f"- {md(name)}: {md(value)}" for name, value in facts(sweep))]
     if len(found.summary):

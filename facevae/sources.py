@@ -44,7 +44,7 @@ class SyntheticSource:
         return self.count
 
     def describe(self) -> dict:
-        return {"kind": "synthetic", "count": self.count, "seed": self.seed}
+        return {"kind": "synthetic", "count": self.count, "seed": self.seed, "size": self.size}
 
     def __iter__(self) -> Generator[Faces]:
         for start in range(0, self.count, self.batch):
