@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'pack_app', 'Out', 'Data', 'Size', 'Preset', 'Settings', 'MaxBad', 'AcceptCode', 'Overwrite', 'pack_synthetic',
-           'pack_folder', 'verify', 'train', 'ablate', 'status', 'make_report', 'import_original', 'reconstruct',
-           'parse_seeds', 'bench', 'main']
+           'pack_folder', 'verify', 'train', 'ablate', 'status', 'make_report', 'import_original', 'parse_seeds',
+           'bench', 'main']
 
 # %% ../nbs/17_cli.ipynb #5d546b22
 import os
@@ -86,9 +86,12 @@ def _tell(store) -> None:
 
 # %% ../nbs/17_cli.ipynb #7be1a0c3
 from .parse_command import parse_masks
+from .use_commands import edit, interpolate, reconstruct
 
 # %% ../nbs/17_cli.ipynb #7be1a0c4
 app.command("parse-masks")(parse_masks)
+for _command in (reconstruct, edit, interpolate):
+    app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #95e5f3b5
 @app.command()
@@ -177,16 +180,6 @@ def import_original(weights: Annotated[Path, typer.Argument(metavar="FILE.h5", h
     with atomic_directory(out, overwrite) as folder:
         vae.save_pretrained(folder)
     typer.echo(f"{out}: the paper's network, {'with' if vae.config.mask_decoder else 'without'} a mask decoder")
-
-
-@app.command()
-def reconstruct(model: Annotated[Path, typer.Argument(help="A model: the model/ folder of a run.")],
-                photographs: Annotated[list[Path], typer.Argument(help="Pictures of faces.")], out: Out):
-    """Reconstruct pictures: original, reconstruction and predicted mask side by side, a PNG each."""
-    from facevae.model import FaceVAE
-    from facevae.reconstruct import reconstruct_files
-    for path in reconstruct_files(FaceVAE.from_pretrained(model), photographs, out):
-        typer.echo(printable(str(path)))
 
 
 def parse_seeds(text: str) -> list[int]:
