@@ -96,11 +96,11 @@ def reconstruct_files(vae: FaceVAE, paths: Iterable[str | Path], out: str | Path
     """Write OUT/NAME.png, original, reconstruction, mask and composite side by side, for each picture; returns the written paths.
 
     Of aligned pictures also OUT/NAME-photograph.png, the photograph with the reconstruction in it.
-    paths: pictures and folders of pictures. aligned, landmarks: as for `prepare`. batch_size: pictures at a time. progress: show a bar.
+    paths: pictures and folders of pictures. aligned, landmarks: as for `prepare`. batch_size: pictures at a time. progress: show a bar when there are several.
     Raises FaceVAEError, before anything is written, for two pictures of the same name; at the end, for pictures that cannot be used.
     """
     found, written, problems = find_photographs(paths, out), [], []
-    with progress_bar(len(found), "reconstruct", "picture", progress) as bar:
+    with progress_bar(len(found), "reconstruct", "picture", progress and len(found) > 1) as bar:
         for group in _groups(list(found.items()), batch_size):
             ready = []
             for path, target in group:
