@@ -18,8 +18,8 @@ from torch import nn
 from .card import model_card, read_card
 from .core import FaceVAEError
 from .manifest import SIZES
-from .onnx_export import to_onnx
 from .photograph import reconstruct
+from .portable import to_onnx
 from .tensors import read_tensors, save_tensors
 from .untrusted import read_object
 

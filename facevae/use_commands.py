@@ -61,7 +61,7 @@ def edit(model: Model, photograph: Annotated[Path, typer.Argument(help="A pictur
     """Give a face more or less of an attribute, along a direction that the store's faces show."""
     import math
     from facevae.core import atomic_file
-    from facevae.direction_file import FILE, find_direction
+    from facevae.latent_directions import FILE, find_direction
     from facevae.reconstruct import reconstruct_photograph
     from facevae.store import FaceStore
     _check_ending(out, ".png")
