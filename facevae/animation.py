@@ -42,7 +42,7 @@ def save_gif(frames: list[Image.Image], path: str | Path, fps: float = 12) -> Pa
     if not 0 < fps <= 50:
         raise FaceVAEError(f"A GIF plays more than 0 and at most 50 pictures a second, not {fps:g}.")
     strip = np.concatenate([np.asarray(frame) for frame in frames[:: max(1, len(frames) // 24)]])
-    palette = Image.fromarray(strip).quantize(255, method=Image.Quantize.MEDIANCUT)
+    palette = Image.fromarray(strip).quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=2)
     drawn = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     with atomic_file(path) as partial:
         drawn[0].save(partial, format="GIF", save_all=True, append_images=drawn[1:], duration=max(20, round(1000 / fps)), loop=0, optimize=False)
@@ -57,7 +57,7 @@ def save_mp4(frames: list[Image.Image], path: str | Path, fps: float = 12) -> Pa
     try:
         import av
     except ImportError:
-        raise FaceVAEError("Writing MP4 needs PyAV. Install it with: pip install av, or write a GIF instead.") from None
+        raise FaceVAEError("Writing MP4 needs PyAV. Install it with: pip install facevae[video], or write a GIF instead.") from None
     width, height = (side + side % 2 for side in frames[0].size)
     with atomic_file(path) as partial, av.open(str(partial), "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))

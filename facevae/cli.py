@@ -86,12 +86,9 @@ def _tell(store) -> None:
 
 # %% ../nbs/17_cli.ipynb #7be1a0c3
 from .parse_command import parse_masks
-from .use_commands import edit, interpolate, reconstruct
 
 # %% ../nbs/17_cli.ipynb #7be1a0c4
 app.command("parse-masks")(parse_masks)
-for _command in (reconstruct, edit, interpolate):
-    app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #95e5f3b5
 @app.command()
@@ -191,6 +188,13 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError:
         raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
     return list(dict.fromkeys(seeds))
+
+# %% ../nbs/17_cli.ipynb #63f13cde
+from .use_commands import edit, interpolate, reconstruct
+
+# %% ../nbs/17_cli.ipynb #2fc39bdd
+for _command in (reconstruct, edit, interpolate):
+    app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #71478382
 @app.command()

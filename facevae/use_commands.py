@@ -107,7 +107,9 @@ def interpolate(model: Model, photographs: Annotated[list[Path], typer.Argument(
     means = encode_pictures(vae, crops)  # (N, latent_dim)
     kind = "spherical" if spherical else "linear"
     ways = [between(start, stop, steps, kind)[index > 0:] for index, (start, stop) in enumerate(zip(means, means[1:]))]
-    recon, _ = decode(vae, torch.cat(ways))  # (M, 3, S, S)
+    recon, mask = decode(vae, torch.cat(ways))  # (M, 3, S, S)
+    if mask is not None:  # what such a model draws outside of the face was never compared with anything
+        recon = recon * mask + (1 - mask)
     size = CROP if align else (max(vae.config.size, 144),) * 2
     frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in to_frames(recon, boomerang=boomerang)]
     typer.echo(f"{printable(str(save_animation(frames, out, fps)))}: {len(frames)} pictures")
