@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Data', 'Preset', 'Settings', 'AcceptCode', 'verify', 'train', 'ablate', 'status', 'make_report',
-           'import_original', 'reconstruct', 'parse_seeds', 'bench', 'main']
+           'import_original', 'parse_seeds', 'bench', 'main']
 
 # %% ../nbs/17_cli.ipynb #5d546b22
 import os
@@ -146,16 +146,6 @@ def import_original(weights: Annotated[Path, typer.Argument(metavar="FILE.h5", h
     typer.echo(f"{out}: the paper's network, {'with' if vae.config.mask_decoder else 'without'} a mask decoder")
 
 
-@app.command()
-def reconstruct(model: Annotated[Path, typer.Argument(help="A model: the model/ folder of a run.")],
-                photographs: Annotated[list[Path], typer.Argument(help="Pictures of faces.")], out: Out):
-    """Reconstruct pictures: original, reconstruction and predicted mask side by side, a PNG each."""
-    from facevae.model import FaceVAE
-    from facevae.reconstruct import reconstruct_files
-    for path in reconstruct_files(FaceVAE.from_pretrained(model), photographs, out):
-        typer.echo(printable(str(path)))
-
-
 def parse_seeds(text: str) -> list[int]:
     """Seeds from a comma-separated text. Raises FaceVAEError for anything but whole numbers from 0."""
     try:
@@ -165,6 +155,13 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError:
         raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
     return list(dict.fromkeys(seeds))
+
+# %% ../nbs/17_cli.ipynb #63f13cde
+from .use_commands import edit, interpolate, reconstruct
+
+# %% ../nbs/17_cli.ipynb #2fc39bdd
+for _command in (reconstruct, edit, interpolate):
+    app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #71478382
 @app.command()

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import FaceVAEError, atomic_file, choices, file_digest
+from .core import FaceVAEError, atomic_file, choices, file_digest, write_text
 from .latent_use import LatentUse, save_latents
 from .loader import Batches
 from .metrics import METRICS, load_lpips, mask_iou, measure_views, ms_ssim_scales
 from .model import FaceVAE, composite
 from .run import RunDirectory
+from .run_card import run_card
 from .store import FaceStore
 from .untrusted import NUMBER, OBJECT, mistyped, read_table
 from .windows import WINDOW
@@ -149,7 +150,7 @@ def load_metrics(path: str | Path) -> pd.DataFrame:
 
 # %% ../nbs/10_evaluation.ipynb #168aec63
 def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> pd.DataFrame:
-    """Evaluate a trained run on the test faces of its store, write its metrics.parquet and latents.parquet, and mark it as done.
+    """Evaluate a trained run on the test faces of its store, write its metrics.parquet, latents.parquet and model card, and mark it as done.
 
     out: the run directory. data: the store. Returns the rows of `evaluate`.
     """
@@ -165,5 +166,6 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
         table = evaluate(vae, batches, progress=progress, latents=latents)
         save_latents(latents.table(), run.latents)
         save_metrics(table, run.metrics)
+        write_text(run.model / "README.md", run_card(config, store, run.status.get("best_step"), table))
         run.update(state="done", metrics_sha256=file_digest(run.metrics))
     return table

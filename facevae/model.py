@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from .card import model_card, read_card
 from .core import FaceVAEError
 from .manifest import SIZES
+from .photograph import reconstruct
+from .portable import to_onnx
 from .tensors import read_tensors, save_tensors
 from .untrusted import read_object
 
@@ -110,17 +113,18 @@ class FaceVAEOutput(NamedTuple):
     latents: torch.Tensor  # (B, latent_dim), what was decoded
 
 
-class FaceVAE(nn.Module, PyTorchModelHubMixin, library_name="facevae", license="apache-2.0",
-              tags=["variational-autoencoder", "faces"], paper_url="https://arxiv.org/abs/2112.02139",
+class FaceVAE(nn.Module, PyTorchModelHubMixin,
               coders={ModelConfig: (lambda config: config.model_dump(), ModelConfig.model_validate)}):
     """Convolutional VAE of faces with an optional face-mask decoder (Toledo & Antonelo 2021).
 
     config: a ModelConfig; the default is the paper's network, 9,328,228 trainable parameters.
     """
+    reconstruct, to_onnx = reconstruct, to_onnx
 
     def __init__(self, config: ModelConfig = ModelConfig()):
         super().__init__()
         self.config = config
+        self.card: str | None = None  # the model card that travels with the weights
         features = _scaled(512, config)
         self.encoder = _encoder(config)
         self.hidden = nn.Sequential(nn.Linear(features, features), nn.ELU(inplace=True))
@@ -202,7 +206,12 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin, library_name="facevae", license="
             vae = cls(config)
         weights, _ = read_tensors(weights_path, vae.state_dict(), remedy)
         vae.load_state_dict(weights, assign=True)
+        vae.card = read_card(config_path.parent)
         return vae.eval()
+
+    def generate_model_card(self, **kwargs) -> ModelCard:
+        """The model's card, or one that says no more than the configuration does."""
+        return ModelCard(self.card or model_card("", self.config.model_dump()))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_tensors(Path(save_directory) / "model.safetensors", self.state_dict())

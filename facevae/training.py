@@ -26,6 +26,7 @@ from .losses import loss_terms, parse_terms, weigh
 from .model import FaceVAE
 from .parallel import share_batch_norm, sum_over_processes
 from .run import RunDirectory
+from .run_card import run_card
 from .samples import sample_grid
 from .step import FiniteWatch, clip_each, learning_rate, step_noise
 from .store import FaceStore
@@ -195,6 +196,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
         bar.close()
         if main:
             load_best(run.checkpoints, trainer.vae)
+            trainer.vae.card = run_card(config, store, numbers["best_step"])
             with atomic_directory(run.model, overwrite=True) as folder:
                 trainer.vae.save_pretrained(folder)
             run.update(step=config.steps, best_step=numbers["best_step"], best_loss=numbers["best_loss"], trained=True)

