@@ -44,6 +44,9 @@ def to_onnx(vae: nn.Module, path: str | Path) -> Path:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise FaceVAEError(f"Writing ONNX needs packages that are not installed ({error.name} is missing). Install them with: pip install facevae[onnx]") from None
+    # A process whose first backward pass comes after an export cannot be forked to train (see `launch`): torch then believes that there are devices to serve.
+    with torch.enable_grad():
+        torch.zeros(1, requires_grad=True).sum().backward()
     size, example = vae.config.size, next(vae.parameters())
     images = torch.zeros(2, 3, size, size, device=example.device, dtype=example.dtype)
     names = ["recon", "mask", "mean", "log_std"] if vae.config.mask_decoder else ["recon", "mean", "log_std"]

@@ -1,6 +1,7 @@
 """A trained model in use: on photographs, from the command line and the library, with what people give it by mistake."""
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -194,3 +195,22 @@ def test_what_is_not_a_model(model, photographs, tmp_path):
     assert "text.jpg" in refused("reconstruct", model, tmp_path / "text.jpg", "--out", out)
     assert "quantum" in refused("reconstruct", model, picture, "--no-align", "--device", "quantum", "--out", out)
     assert not out.exists()
+
+
+def test_a_process_that_has_exported_can_be_forked_to_train(tmp_path):
+    """Somebody exports a model in a notebook, and launches a run in several processes from the same one."""
+    pytest.importorskip("onnxscript")
+    code = f"""
+import os, torch
+from facevae.model import FaceVAE, ModelConfig
+FaceVAE(ModelConfig(size=36, width=0.125, latent_dim=4)).eval().to_onnx({str(tmp_path / "model.onnx")!r})
+layer = torch.nn.Linear(3, 1)
+layer(torch.ones(2, 3)).sum().backward()
+child = os.fork()
+if child == 0:
+    layer(torch.ones(2, 3)).sum().backward()
+    os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
