@@ -157,10 +157,10 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 # %% ../nbs/17_cli.ipynb #63f13cde
-from .use_commands import edit, interpolate, reconstruct
+from .use_commands import directions, edit, interpolate, reconstruct
 
 # %% ../nbs/17_cli.ipynb #2fc39bdd
-for _command in (reconstruct, edit, interpolate):
+for _command in (reconstruct, edit, interpolate, directions):
     app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #71478382
