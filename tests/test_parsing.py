@@ -24,7 +24,7 @@ from test_hostile import PLANTED, plant, refused, refused_command
 
 from facevae import parser_bisenet, parser_segformer
 from facevae.labelled import is_whole
-from facevae.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, face_mask, remap
+from facevae.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, remap
 from facevae.label_quality import judge
 from facevae.parser import FaceParser
 from facevae.parser_bisenet import BiSeNet, fetch_bisenet, load_bisenet
