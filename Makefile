@@ -39,7 +39,7 @@ model: $(VENV)/installed
 	$(BIN)/facevae train --hypothesis H9 --data $(MODEL)/store --out $(MODEL)/run --set steps=12000 --set validate_every=1000 --set checkpoint_every=1000 --set log_every=100 --set val_images=500 --set test_images=0
 	$(BIN)/facevae directions $(MODEL)/run/model --data $(MODEL)/store
 	mkdir -p facevae/models/drawn-faces
-	cp $(MODEL)/run/model/* facevae/models/drawn-faces/
+	install -m 644 $(MODEL)/run/model/* facevae/models/drawn-faces/
 
 test: check notebooks-test
 	$(BIN)/pytest -q tests
