@@ -395,6 +395,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'facevae.explorer_parts.Said.complain': ( 'explorer_parts.html#said.complain',
                                                                                   'facevae/explorer_parts.py'),
                                         'facevae.explorer_parts.Said.tell': ('explorer_parts.html#said.tell', 'facevae/explorer_parts.py'),
+                                        'facevae.explorer_parts._Titled': ('explorer_parts.html#_titled', 'facevae/explorer_parts.py'),
                                         'facevae.explorer_parts.classed': ('explorer_parts.html#classed', 'facevae/explorer_parts.py'),
                                         'facevae.explorer_parts.download_link': ( 'explorer_parts.html#download_link',
                                                                                   'facevae/explorer_parts.py'),

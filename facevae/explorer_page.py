@@ -6,7 +6,8 @@
 __all__ = ['POLICY', 'LARGEST_UPLOAD', 'short_name', 'open_models', 'open_explorer', 'listen', 'with_parameters', 'make_server',
            'explore']
 
-# %% ../nbs/16_explorer_page.ipynb #191ad52e
+# %% ../nbs/16_explorer_page.ipynb #89089c39
+import logging
 import os
 import secrets
 import socket
@@ -22,7 +23,7 @@ import typer
 from .core import FaceVAEError, printable
 from .notebooks import notebook_path
 
-# %% ../nbs/16_explorer_page.ipynb #ac4d88fb
+# %% ../nbs/16_explorer_page.ipynb #e88fd621
 def short_name(model: str) -> str:
     """What a model is called in captions: the last parts of its path that say something."""
     parts = [part for part in Path(model).parts if part not in ("model", os.sep)]
@@ -49,7 +50,7 @@ def open_explorer(model: str, data: str = "", compare: str = "", folder: str | P
     vae, store, other = open_models(model, data, compare)
     return LatentExplorer(vae, store, other, folder, (short_name(model), short_name(compare) if compare else ""))
 
-# %% ../nbs/16_explorer_page.ipynb #59a36ac7
+# %% ../nbs/16_explorer_page.ipynb #6b462b2c
 POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
           "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'")
 LARGEST_UPLOAD = 128 * 2**20  # bytes; a photograph, as the text of a message
@@ -117,14 +118,18 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
     headers = {"Content-Security-Policy": POLICY.format(port=port), "Referrer-Policy": "no-referrer"}
     page = Page(notebook_path=str(notebook_path("explore")), ip="127.0.0.1", port=port, token=token, config_file_paths=[], log_level="ERROR", open_browser=False,
                 tornado_settings={"allow_remote_access": False, "headers": headers, "websocket_max_message_size": LARGEST_UPLOAD})
+    logging.getLogger("tornado.general").setLevel(logging.ERROR)  # the server's ping intervals, which no user chose
+    if os.name == "posix":  # kernels talk through files of this user instead of ports
+        page.config.KernelManager.transport = "ipc"
     page.initialize([])
     settings: VoilaConfiguration = page.voila_configuration
+    settings.extension_allowlist = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"]
     settings.allow_template_override = settings.allow_theme_override = "NO"
     settings.kernel_spec_manager_class = ThisPython
     settings.prelaunch_hook = lambda request, notebook, cwd: with_parameters(notebook, parameters)
     return page
 
-# %% ../nbs/16_explorer_page.ipynb #bffef093
+# %% ../nbs/16_explorer_page.ipynb #befed22b
 def explore(model: Annotated[str, typer.Argument(help="A model: the model/ folder of a run, or a hub id.")] = "drawn-faces",
             data: Annotated[Optional[Path], typer.Option("--data", help="A store, to choose faces from. [default: faces are drawn]")] = None,
             compare: Annotated[Optional[str], typer.Option("--compare", metavar="MODEL", help="A second model, shown below the first.")] = None,

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'NO_MASK', 'REACH', 'TYPES', 'classed', 'words', 'PictureRow', 'spoken', 'DirectionSliders', 'Said',
            'download_link']
 
-# %% ../nbs/16_explorer_parts.ipynb #424f93ba
+# %% ../nbs/16_explorer_parts.ipynb #06e98b2f
 import base64
 import html
 import math
@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 from PIL import Image
+from traitlets import Unicode
 
 from .explored_model import as_jpeg
 from .latent import Direction
 from .photograph import Reconstruction
 
-# %% ../nbs/16_explorer_parts.ipynb #6736799d
+# %% ../nbs/16_explorer_parts.ipynb #dfd8aed2
 STYLE = """<style>
 .fv-explorer { font-family: var(--jp-ui-font-family, system-ui, sans-serif); color: #1f2933; max-width: 1480px; }
 .fv-explorer .widget-label, .fv-explorer .widget-inline-hbox .widget-readout { color: #1f2933; }
@@ -27,6 +28,7 @@ STYLE = """<style>
 .fv-main { display: flex; flex-flow: row wrap; gap: 10px 22px; align-items: flex-start; overflow: visible; }
 .fv-sliders { flex: 1 1 350px; max-width: 430px; overflow: visible; }
 .fv-view { flex: 3 1 430px; overflow: visible; }
+.fv-row .widget-html-content { line-height: 1.35; }
 .fv-row { display: grid !important; grid-template-columns: repeat(4, minmax(0, 240px)); gap: 8px; overflow: visible; }
 .fv-figure { overflow: visible; margin: 0; }
 .fv-figure img { width: 100% !important; height: auto; display: block; border-radius: 6px; background: #edf0f3; margin: 0; max-width: 240px; }
@@ -38,7 +40,7 @@ STYLE = """<style>
 .fv-slider .widget-slider { flex: 1 1 auto; width: auto; min-width: 0; }
 .fv-slider .widget-label-basic, .fv-quality { width: 62px; font-size: 12px; color: #52606d; }
 .fv-slider button { width: 30px; padding: 0; }
-.fv-said { min-height: 22px; font-size: 14px; line-height: 1.45; }
+.fv-said, .fv-said .widget-html-content { min-height: 22px; height: auto; font-size: 14px; line-height: 1.4; }
 .fv-said small { color: #52606d; font-size: 13px; }
 .fv-said .fv-problem { color: #9b1c1c; font-weight: 600; }
 .fv-link a { font-size: 14px; color: #0b5cad; text-decoration: underline; }
@@ -62,8 +64,13 @@ def words(text: str, name: str = "") -> widgets.HTML:
     """Text as a widget; it is escaped."""
     return classed(widgets.HTML(html.escape(text)), *filter(None, [name]))
 
-# %% ../nbs/16_explorer_parts.ipynb #5bfc79d1
+# %% ../nbs/16_explorer_parts.ipynb #c8304664
 NO_MASK = "This model has no mask decoder, so it predicts no mask and makes no composite."
+
+
+class _Titled(widgets.Image):
+    """An image whose tooltip becomes its title, by which screen readers name it; ipywidgets 8.1 fails to draw one without a description."""
+    description = Unicode("").tag(sync=True)
 
 
 class PictureRow(widgets.VBox):
@@ -72,7 +79,7 @@ class PictureRow(widgets.VBox):
     def __init__(self, name: str, masks: bool):
         self.result: Reconstruction | None = None
         captions = ["original", "reconstruction", "predicted mask", "composite"][:4 if masks else 2]
-        self.images = [widgets.Image(format="jpeg", tooltip=f"{caption}, {name}") for caption in captions]
+        self.images = [_Titled(format="jpeg", tooltip=f"{caption}, {name}") for caption in captions]
         self.captions = [words(caption, "fv-caption") for caption in captions]
         figures = [classed(widgets.VBox([image, caption]), "fv-figure") for image, caption in zip(self.images, self.captions)]
         if not masks:
@@ -90,7 +97,7 @@ class PictureRow(widgets.VBox):
             self.captions[0].value = html.escape(original)
         self.result = result
 
-# %% ../nbs/16_explorer_parts.ipynb #2f5ad270
+# %% ../nbs/16_explorer_parts.ipynb #81bdbdc9
 REACH = 3.0  # units either way
 
 
@@ -150,7 +157,7 @@ class DirectionSliders(widgets.VBox):
             self._held = False
         self.moved(name)
 
-# %% ../nbs/16_explorer_parts.ipynb #5b7dae2a
+# %% ../nbs/16_explorer_parts.ipynb #25e4f2f6
 class Said(widgets.HTML):
     """A line for messages."""
 
