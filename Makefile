@@ -3,17 +3,19 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+MODEL ?= model
 # Threads that spin for long while they wait for each other make a busy machine crawl.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-slow check notebooks readme clean
+.PHONY: help demo model test test-slow check notebooks readme clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv, run the ten-hypothesis study on drawn faces, print the report's path"
 	@echo "make test       install with development extras; run every notebook's tests, pytest, and the checks"
 	@echo "make test-slow  the tests that take longer than a few minutes"
+	@echo "make model      train the model that ships with the package again (half an hour on two cores)"
 	@echo "make notebooks  execute the library's notebooks again, clean them, export the library and the README"
 
 # torch and torchvision must come together: a torchvision of another build cannot be imported.
@@ -31,6 +33,13 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	test -f $(DEMO)/store/manifest.json || $(BIN)/facevae pack synthetic --count 1500 --seed 0 --size 72 --out $(DEMO)/store
 	$(BIN)/facevae ablate --data $(DEMO)/store --out $(DEMO)/sweep --preset quick
+
+model: $(VENV)/installed
+	test -f $(MODEL)/store/manifest.json || $(BIN)/facevae pack synthetic --count 12000 --seed 1 --size 72 --out $(MODEL)/store
+	$(BIN)/facevae train --hypothesis H9 --data $(MODEL)/store --out $(MODEL)/run --set steps=12000 --set validate_every=1000 --set checkpoint_every=1000 --set log_every=100 --set val_images=500 --set test_images=0
+	$(BIN)/facevae directions $(MODEL)/run/model --data $(MODEL)/store
+	mkdir -p facevae/models/drawn-faces
+	cp $(MODEL)/run/model/* facevae/models/drawn-faces/
 
 test: check notebooks-test
 	$(BIN)/pytest -q tests

@@ -158,10 +158,10 @@ def parse_seeds(text: str) -> list[int]:
 
 # %% ../nbs/17_cli.ipynb #63f13cde
 from .explorer_page import explore
-from .use_commands import edit, interpolate, reconstruct
+from .use_commands import directions, edit, interpolate, reconstruct
 
 # %% ../nbs/17_cli.ipynb #2fc39bdd
-for _command in (reconstruct, edit, interpolate, explore):
+for _command in (reconstruct, edit, interpolate, directions, explore):
     app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #71478382

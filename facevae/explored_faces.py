@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWN_SEED', 'DRAWN', 'Face', 'Faces', 'StoredFaces', 'LiveFaces', 'uploaded_face']
 
-# %% ../nbs/16_explored_faces.ipynb #fd0b1ade
+# %% ../nbs/16_explored_faces.ipynb #a4d71f67
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from .pictures import UnusableInput, open_picture, to_rgb
 from .store import FaceStore
 from .synthetic import draw_faces
 
-# %% ../nbs/16_explored_faces.ipynb #4b5f0c37
+# %% ../nbs/16_explored_faces.ipynb #4ce47a7f
 @dataclass(frozen=True)
 class Face:
     """A face to explore. image: RGB, of any size. told: what it is, in a few words. remark: more about it, may be empty."""
@@ -40,7 +40,7 @@ def _traits(row: pd.Series) -> str:
     """The attributes that a face has."""
     return ", ".join(str(name).replace("_", " ") for name in row.index[row.to_numpy(bool)])
 
-# %% ../nbs/16_explored_faces.ipynb #2463b445
+# %% ../nbs/16_explored_faces.ipynb #d3da8548
 class StoredFaces:
     """The faces of a store, test faces first."""
 
@@ -67,7 +67,7 @@ class LiveFaces:
         drawn = draw_faces([number], seed=DRAWN_SEED, size=self.size)
         return Face(Image.fromarray(drawn.images[0].numpy()), f"Drawn face {number}", _traits(drawn.attributes.iloc[0]))
 
-# %% ../nbs/16_explored_faces.ipynb #3caafea1
+# %% ../nbs/16_explored_faces.ipynb #8ee167ef
 def uploaded_face(content: bytes, name: str, aligned: bool = True) -> Face:
     """A face from the bytes of a picture file.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'answered', 'Controls', 'LatentExplorer']
 
-# %% ../nbs/16_explorer.ipynb #d850bc74
+# %% ../nbs/16_explorer.ipynb #4bcd2f67
 import functools
 import random
 import tempfile
@@ -26,7 +26,7 @@ from .latent import interpolate
 from .model import FaceVAE
 from .store import FaceStore
 
-# %% ../nbs/16_explorer.ipynb #7e78d76d
+# %% ../nbs/16_explorer.ipynb #e3996090
 def answered(method: Callable) -> Callable:
     """A method of an explorer whose errors become messages in it."""
     @functools.wraps(method)
@@ -39,7 +39,7 @@ def answered(method: Callable) -> Callable:
             self.said.complain(f"This did not work ({type(error).__name__}: {error}).")
     return call
 
-# %% ../nbs/16_explorer.ipynb #59c2c033
+# %% ../nbs/16_explorer.ipynb #6b0231e4
 class Controls:
     """The buttons and menus of an explorer. splits: {name: number of faces}."""
 
@@ -63,7 +63,7 @@ class Controls:
         self.choose = widgets.VBox([bar(self.split, self.number, self.previous, self.next, self.random), bar(self.upload, self.align)])
         self.use = widgets.VBox([bar(self.set_a, self.set_b, self.between, self.kind), bar(self.png, self.gif, self.link)])
 
-# %% ../nbs/16_explorer.ipynb #86aa403f
+# %% ../nbs/16_explorer.ipynb #3628710c
 STEPS = 51  # places from A to B
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLICY', 'LARGEST_UPLOAD', 'short_name', 'open_models', 'open_explorer', 'listen', 'with_parameters', 'make_server',
-           'explore']
+           'check', 'explore']
 
-# %% ../nbs/16_explorer_page.ipynb #89089c39
+# %% ../nbs/16_explorer_page.ipynb #7148ac9d
 import logging
 import os
 import secrets
@@ -22,8 +22,9 @@ import typer
 
 from .core import FaceVAEError, printable
 from .notebooks import notebook_path
+from .shipped import DEFAULT
 
-# %% ../nbs/16_explorer_page.ipynb #e88fd621
+# %% ../nbs/16_explorer_page.ipynb #49974f0f
 def short_name(model: str) -> str:
     """What a model is called in captions: the last parts of its path that say something."""
     parts = [part for part in Path(model).parts if part not in ("model", os.sep)]
@@ -43,14 +44,14 @@ def open_models(model: str, data: str = "", compare: str = "") -> tuple[Any, Any
 def open_explorer(model: str, data: str = "", compare: str = "", folder: str | Path | None = None):
     """A LatentExplorer from names.
 
-    model, compare: the model/ folder of a run, or a hub id; compare may be empty. data: a store, empty to draw the faces. folder: as for LatentExplorer.
+    model, compare: the model/ folder of a run, a model that ships with facevae, or a hub id; compare may be empty. data: a store, empty to draw the faces. folder: as for LatentExplorer.
     Raises FaceVAEError for what cannot be opened.
     """
     from facevae.explorer import LatentExplorer
     vae, store, other = open_models(model, data, compare)
     return LatentExplorer(vae, store, other, folder, (short_name(model), short_name(compare) if compare else ""))
 
-# %% ../nbs/16_explorer_page.ipynb #6b462b2c
+# %% ../nbs/16_explorer_page.ipynb #2dba3ebb
 POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
           "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'")
 LARGEST_UPLOAD = 128 * 2**20  # bytes; a photograph, as the text of a message
@@ -129,8 +130,24 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
     settings.prelaunch_hook = lambda request, notebook, cwd: with_parameters(notebook, parameters)
     return page
 
-# %% ../nbs/16_explorer_page.ipynb #befed22b
-def explore(model: Annotated[str, typer.Argument(help="A model: the model/ folder of a run, or a hub id.")] = "drawn-faces",
+# %% ../nbs/16_explorer_page.ipynb #45333991
+def check(parameters: dict[str, str]) -> None:
+    """Open everything once. Directions that have to be computed from a store are computed here, where it can be said, and kept beside the model.
+
+    Raises FaceVAEError for what cannot be opened.
+    """
+    from facevae.latent_directions import find_directions
+    vae, store, other = open_models(**parameters)
+    for one in filter(None, (vae, other)):
+        try:
+            find_directions(one)
+        except FaceVAEError:
+            if store is not None and len(store.rows("train")) > 1:
+                typer.echo("Looking for directions in the store's faces ...", err=True)
+                find_directions(one, store)
+
+
+def explore(model: Annotated[str, typer.Argument(help="A model: the model/ folder of a run, drawn-faces, which ships with facevae, or a hub id.")] = DEFAULT,
             data: Annotated[Optional[Path], typer.Option("--data", help="A store, to choose faces from. [default: faces are drawn]")] = None,
             compare: Annotated[Optional[str], typer.Option("--compare", metavar="MODEL", help="A second model, shown below the first.")] = None,
             port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where the page is served on this machine; 0 for any free port.")] = 8866,
@@ -147,7 +164,7 @@ def explore(model: Annotated[str, typer.Argument(help="A model: the model/ folde
     bound = listen(port)
     try:
         page = make_server(bound, parameters, secrets.token_urlsafe(24), started)
-        open_models(**parameters)
+        check(parameters)
         page.start()
     finally:
         bound.close()

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'NO_MASK', 'REACH', 'TYPES', 'classed', 'words', 'PictureRow', 'spoken', 'DirectionSliders', 'Said',
            'download_link']
 
-# %% ../nbs/16_explorer_parts.ipynb #06e98b2f
+# %% ../nbs/16_explorer_parts.ipynb #d0edc680
 import base64
 import html
 import math
@@ -20,7 +20,7 @@ from .explored_model import as_jpeg
 from .latent import Direction
 from .photograph import Reconstruction
 
-# %% ../nbs/16_explorer_parts.ipynb #dfd8aed2
+# %% ../nbs/16_explorer_parts.ipynb #9b4bae60
 STYLE = """<style>
 .fv-explorer { font-family: var(--jp-ui-font-family, system-ui, sans-serif); color: #1f2933; max-width: 1480px; }
 .fv-explorer .widget-label, .fv-explorer .widget-inline-hbox .widget-readout { color: #1f2933; }
@@ -38,8 +38,9 @@ STYLE = """<style>
 .fv-heading small { font-weight: 400; color: #52606d; font-size: 12.5px; }
 .fv-slider { align-items: center; overflow: visible; }
 .fv-slider .widget-slider { flex: 1 1 auto; width: auto; min-width: 0; }
-.fv-slider .widget-label-basic, .fv-quality { width: 62px; font-size: 12px; color: #52606d; }
-.fv-slider button { width: 30px; padding: 0; }
+.fv-slider .fv-quality { width: 62px; flex: none; font-size: 12px; color: #52606d; }
+.fv-slider button { width: 30px; padding: 0; flex: none; }
+.fv-slider .widget-readout { min-width: 44px; width: 44px; }
 .fv-said, .fv-said .widget-html-content { min-height: 22px; height: auto; font-size: 14px; line-height: 1.4; }
 .fv-said small { color: #52606d; font-size: 13px; }
 .fv-said .fv-problem { color: #9b1c1c; font-weight: 600; }
@@ -64,7 +65,7 @@ def words(text: str, name: str = "") -> widgets.HTML:
     """Text as a widget; it is escaped."""
     return classed(widgets.HTML(html.escape(text)), *filter(None, [name]))
 
-# %% ../nbs/16_explorer_parts.ipynb #c8304664
+# %% ../nbs/16_explorer_parts.ipynb #c8fdce5b
 NO_MASK = "This model has no mask decoder, so it predicts no mask and makes no composite."
 
 
@@ -97,7 +98,7 @@ class PictureRow(widgets.VBox):
             self.captions[0].value = html.escape(original)
         self.result = result
 
-# %% ../nbs/16_explorer_parts.ipynb #81bdbdc9
+# %% ../nbs/16_explorer_parts.ipynb #985e4931
 REACH = 3.0  # units either way
 
 
@@ -130,7 +131,7 @@ class DirectionSliders(widgets.VBox):
     def _row(self, direction: Direction, quality: str) -> widgets.HBox:
         name = direction.name
         slider = widgets.FloatSlider(0, min=-REACH, max=REACH, step=0.1, description=spoken(name), tooltip=f"{spoken(name)}: how much is added to the face",
-                                     readout_format="+.1f", style={"description_width": "128px"})
+                                     readout_format="+.1f", style={"description_width": "122px"})
         slider.observe(lambda change: self._changed(name), "value")
         zero = widgets.Button(description="0", tooltip=f"Set {spoken(name)} to zero")
         zero.on_click(lambda _: self.reset(name))
@@ -157,7 +158,7 @@ class DirectionSliders(widgets.VBox):
             self._held = False
         self.moved(name)
 
-# %% ../nbs/16_explorer_parts.ipynb #25e4f2f6
+# %% ../nbs/16_explorer_parts.ipynb #d9e1224e
 class Said(widgets.HTML):
     """A line for messages."""
 

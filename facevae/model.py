@@ -6,11 +6,14 @@
 __all__ = ['ModelConfig', 'Block', 'Upsample', 'FaceVAEOutput', 'FaceVAE', 'composite']
 
 # %% ../nbs/05_model.ipynb #c21da9e5
+import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -20,6 +23,7 @@ from .core import FaceVAEError
 from .manifest import SIZES
 from .photograph import reconstruct
 from .portable import to_onnx
+from .shipped import COMPANIONS, model_folder, shipped_models
 from .tensors import read_tensors, save_tensors
 from .untrusted import read_object
 
@@ -64,7 +68,7 @@ class Upsample(nn.Sequential):
         conv, norm, activation = self
         outputs = conv(inputs)  # (B, C, 2n + 1, 2n + 1)
         if self.crop:
-            outputs = outputs[..., :-1, :-1]
+            outputs = F.pad(outputs, (0, -1, 0, -1))  # a copy: of a slice, batch normalisation's gradient takes several times as long
         return activation(norm(outputs))
 
 # %% ../nbs/05_model.ipynb #3e32cc4c
@@ -125,6 +129,7 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
         super().__init__()
         self.config = config
         self.card: str | None = None  # the model card that travels with the weights
+        self.folder: Path | None = None  # where the weights were read
         features = _scaled(512, config)
         self.encoder = _encoder(config)
         self.hidden = nn.Sequential(nn.Linear(features, features), nn.ELU(inplace=True))
@@ -173,13 +178,13 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
     def from_pretrained(cls, path: str | Path, **kwargs) -> "FaceVAE":
         """Load a model from a directory written by save_pretrained, or from the Hugging Face Hub, in evaluation mode.
 
-        path: a directory with config.json and model.safetensors, or a hub id. kwargs: for a hub id, as in huggingface_hub's
+        path: a directory with config.json and model.safetensors, the name of a model that ships with facevae ("drawn-faces"), or a hub id. kwargs: for a hub id, as in huggingface_hub's
         hf_hub_download: revision, token, cache_dir, force_download, local_files_only.
         Raises FaceVAEError for a directory without either file, a foreign config, or weights that do not fit it.
         """
         # Written out, because huggingface_hub's own loader falls back to pytorch_model.bin, which is a pickle, and makes
         # whatever network a config.json asks for before it looks at the weights.
-        folder, names = Path(path), ("config.json", "model.safetensors")
+        folder, names = model_folder(path), ("config.json", "model.safetensors")
         if os.path.lexists(folder):
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
@@ -187,11 +192,14 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
                                    "Give the model/ folder of a finished run.")
             config_path, weights_path = (folder / name for name in names)
         elif len(folder.parts) != 2 or folder.parent.is_dir():
-            raise FaceVAEError(f"There is no directory '{path}'. Give the model/ folder of a finished run, or a hub "
-                               "id of the form owner/name.")
+            raise FaceVAEError(f"There is no directory '{path}'. Give the model/ folder of a finished run, a model that ships with facevae "
+                               f"({', '.join(shipped_models())}), or a hub id of the form owner/name.")
         else:
             try:
                 config_path, weights_path = (Path(hf_hub_download(str(path), name, **kwargs)) for name in names)
+                for name in COMPANIONS:
+                    with contextlib.suppress(Exception):  # few models have all
+                        hf_hub_download(str(path), name, **kwargs)
             except Exception as error:  # its errors have no common base in the versions in use
                 raise FaceVAEError(f"There is no directory '{path}', and no such model can be fetched from the hub ({error}). "
                                    "Give the model/ folder of a finished run, or a hub id of the form owner/name.") from error
@@ -206,7 +214,7 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
             vae = cls(config)
         weights, _ = read_tensors(weights_path, vae.state_dict(), remedy)
         vae.load_state_dict(weights, assign=True)
-        vae.card = read_card(config_path.parent)
+        vae.card, vae.folder = read_card(config_path.parent), config_path.parent
         return vae.eval()
 
     def generate_model_card(self, **kwargs) -> ModelCard:
@@ -215,6 +223,9 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_tensors(Path(save_directory) / "model.safetensors", self.state_dict())
+        directions = self.folder and self.folder / COMPANIONS[1]
+        if directions and directions.is_file() and not directions.parent.samefile(save_directory):
+            shutil.copyfile(directions, Path(save_directory) / directions.name)
 
 
 def _keras_init(module: nn.Module) -> None:
