@@ -332,6 +332,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'facevae.explorer.LatentExplorer': ('explorer.html#latentexplorer', 'facevae/explorer.py'),
                                   'facevae.explorer.LatentExplorer.__init__': ( 'explorer.html#latentexplorer.__init__',
                                                                                 'facevae/explorer.py'),
+                                  'facevae.explorer.LatentExplorer.__repr__': ( 'explorer.html#latentexplorer.__repr__',
+                                                                                'facevae/explorer.py'),
                                   'facevae.explorer.LatentExplorer._connect': ( 'explorer.html#latentexplorer._connect',
                                                                                 'facevae/explorer.py'),
                                   'facevae.explorer.LatentExplorer._draw': ('explorer.html#latentexplorer._draw', 'facevae/explorer.py'),

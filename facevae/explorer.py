@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'answered', 'Controls', 'LatentExplorer']
 
-# %% ../nbs/16_explorer.ipynb #4bcd2f67
+# %% ../nbs/16_explorer.ipynb #3921f222
 import functools
 import random
 import tempfile
@@ -26,7 +26,7 @@ from .latent import interpolate
 from .model import FaceVAE
 from .store import FaceStore
 
-# %% ../nbs/16_explorer.ipynb #e3996090
+# %% ../nbs/16_explorer.ipynb #5637aa44
 def answered(method: Callable) -> Callable:
     """A method of an explorer whose errors become messages in it."""
     @functools.wraps(method)
@@ -39,7 +39,7 @@ def answered(method: Callable) -> Callable:
             self.said.complain(f"This did not work ({type(error).__name__}: {error}).")
     return call
 
-# %% ../nbs/16_explorer.ipynb #6b0231e4
+# %% ../nbs/16_explorer.ipynb #dfcb5eb5
 class Controls:
     """The buttons and menus of an explorer. splits: {name: number of faces}."""
 
@@ -63,7 +63,7 @@ class Controls:
         self.choose = widgets.VBox([bar(self.split, self.number, self.previous, self.next, self.random), bar(self.upload, self.align)])
         self.use = widgets.VBox([bar(self.set_a, self.set_b, self.between, self.kind), bar(self.png, self.gif, self.link)])
 
-# %% ../nbs/16_explorer.ipynb #3628710c
+# %% ../nbs/16_explorer.ipynb #d57da6b4
 STEPS = 51  # places from A to B
 
 
@@ -96,6 +96,9 @@ class LatentExplorer(widgets.VBox):
         super().__init__([widgets.HTML(STYLE), self.controls.choose, self.said, main])
         classed(self, "fv-explorer")
         self._pick()
+
+    def __repr__(self) -> str:
+        return f"LatentExplorer of {' and '.join(model.name for model in self.models)}"
 
     def _connect(self) -> None:
         controls = self.controls
