@@ -6,7 +6,7 @@
 __all__ = ['POLICY', 'LARGEST_UPLOAD', 'short_name', 'open_models', 'open_explorer', 'listen', 'with_parameters', 'make_server',
            'check', 'explore']
 
-# %% ../nbs/16_explorer_page.ipynb #7148ac9d
+# %% ../nbs/16_explorer_page.ipynb #b0fcf511
 import logging
 import os
 import secrets
@@ -24,7 +24,7 @@ from .core import FaceVAEError, printable
 from .notebooks import notebook_path
 from .shipped import DEFAULT
 
-# %% ../nbs/16_explorer_page.ipynb #49974f0f
+# %% ../nbs/16_explorer_page.ipynb #839986c6
 def short_name(model: str) -> str:
     """What a model is called in captions: the last parts of its path that say something."""
     parts = [part for part in Path(model).parts if part not in ("model", os.sep)]
@@ -51,7 +51,7 @@ def open_explorer(model: str, data: str = "", compare: str = "", folder: str | P
     vae, store, other = open_models(model, data, compare)
     return LatentExplorer(vae, store, other, folder, (short_name(model), short_name(compare) if compare else ""))
 
-# %% ../nbs/16_explorer_page.ipynb #2dba3ebb
+# %% ../nbs/16_explorer_page.ipynb #909611ec
 POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
           "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'")
 LARGEST_UPLOAD = 128 * 2**20  # bytes; a photograph, as the text of a message
@@ -90,6 +90,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
         raise FaceVAEError(f"The explorer's page needs a package that is not installed ({error.name} is missing). Install it with: pip install facevae[explore], or open "
                            "the widget in JupyterLab: facevae.explorer.LatentExplorer.") from None
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_server import DEFAULT_STATIC_FILES_PATH
     from tornado.httpserver import HTTPServer
     from tornado.ioloop import IOLoop
     port = bound.getsockname()[1]
@@ -118,7 +119,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
 
     headers = {"Content-Security-Policy": POLICY.format(port=port), "Referrer-Policy": "no-referrer"}
     page = Page(notebook_path=str(notebook_path("explore")), ip="127.0.0.1", port=port, token=token, config_file_paths=[], log_level="ERROR", open_browser=False,
-                tornado_settings={"allow_remote_access": False, "headers": headers, "websocket_max_message_size": LARGEST_UPLOAD})
+                tornado_settings={"allow_remote_access": False, "headers": headers, "websocket_max_message_size": LARGEST_UPLOAD, "static_path": DEFAULT_STATIC_FILES_PATH})
     logging.getLogger("tornado.general").setLevel(logging.ERROR)  # the server's ping intervals, which no user chose
     if os.name == "posix":  # kernels talk through files of this user instead of ports
         page.config.KernelManager.transport = "ipc"
@@ -130,7 +131,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
     settings.prelaunch_hook = lambda request, notebook, cwd: with_parameters(notebook, parameters)
     return page
 
-# %% ../nbs/16_explorer_page.ipynb #45333991
+# %% ../nbs/16_explorer_page.ipynb #69528a93
 def check(parameters: dict[str, str]) -> None:
     """Open everything once. Directions that have to be computed from a store are computed here, where it can be said, and kept beside the model.
 
