@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HYPOTHESES', 'PRESETS', 'Hypothesis', 'parse_hypothesis', 'parse_hypotheses', 'RunConfig', 'make_config',
-           'parse_settings', 'check_parameters']
+           'parse_settings', 'format_settings', 'check_parameters']
 
 # %% ../nbs/08_hypotheses.ipynb #e3e4a3f8
 import json
@@ -195,6 +195,15 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         else:
             overrides[name] = value
     return overrides
+
+
+def format_settings(config: RunConfig) -> list[str]:
+    """The "key=value" texts that, with its preset, hypothesis and seed, give a configuration: what `parse_settings` reads."""
+    plain = make_config(config.hypothesis, config.preset, config.seed)
+    changed = {key: value for key, value in config.model_dump(mode="json").items() if value != plain.model_dump(mode="json")[key]}
+    weights = changed.pop("weights", {})
+    changed |= {f"weights.{name}": value for name, value in weights.items() if value != plain.weights[name]}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
 
 # %% ../nbs/08_hypotheses.ipynb #f0e9e92e
 def check_parameters(variables: dict[str, Any], known: Iterable[str]) -> None:

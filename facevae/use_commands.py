@@ -88,7 +88,9 @@ def interpolate(model: Model, photographs: Annotated[list[Path], typer.Argument(
                 steps: Annotated[int, typer.Option("--steps", min=2, max=1000, help="Pictures from one face to the next, both included.")] = 24,
                 spherical: Annotated[bool, typer.Option("--spherical", help="Along an arc instead of a line.")] = False,
                 boomerang: Annotated[bool, typer.Option("--boomerang", help="There and back.")] = False,
-                fps: Annotated[float, typer.Option("--fps", min=0.1, max=50, help="Pictures a second.")] = 12, align: Align = True, device: Device = None):
+                fps: Annotated[float, typer.Option("--fps", min=0.1, max=50, help="Pictures a second.")] = 12, align: Align = True,
+                landmarks: Annotated[Optional[list[str]], typer.Option("--landmarks", metavar="X,Y,...", help="As for reconstruct; repeated, once for each photograph in their order.")] = None,
+                device: Device = None):
     """Turn one face into another, as an animation."""
     import torch
     from PIL import Image
@@ -100,15 +102,17 @@ def interpolate(model: Model, photographs: Annotated[list[Path], typer.Argument(
     _check_ending(out, ".gif", ".mp4")
     if len(photographs) < 2:
         raise FaceVAEError("An interpolation needs two pictures or more.")
-    vae = load_model(model, device)
-    crops = [prepare(path, align).crop for path in photographs]
+    if landmarks and len(landmarks) != len(photographs):
+        raise FaceVAEError(f"--landmarks is given {len(landmarks)} times for {len(photographs)} photographs. Give it once for each, in their order.")
+    vae, points = load_model(model, device), [_points(text) for text in landmarks or [None] * len(photographs)]
+    crops = [prepare(path, align, where).crop for path, where in zip(photographs, points)]
     means = encode_pictures(vae, crops)  # (N, latent_dim)
     kind = "spherical" if spherical else "linear"
     ways = [between(start, stop, steps, kind)[index > 0:] for index, (start, stop) in enumerate(zip(means, means[1:]))]
     recon, mask = decode(vae, torch.cat(ways))  # (M, 3, S, S)
     if mask is not None:  # what such a model draws outside of the face was never compared with anything
         recon = recon * mask + (1 - mask)
-    size = CROP if align else (max(vae.config.size, 144),) * 2
+    size = CROP if align or landmarks else (max(vae.config.size, 144),) * 2
     frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in to_frames(recon, boomerang=boomerang)]
     typer.echo(f"{printable(str(save_animation(frames, out, fps)))}: {len(frames)} pictures")
 

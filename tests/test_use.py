@@ -15,6 +15,7 @@ from PIL import Image
 from facevae import align
 from facevae.card import RESEARCH_ONLY
 from facevae.core import FaceVAEError
+from facevae.labels import face_mask
 from facevae.model import FaceVAE
 from facevae.synthetic import draw_faces
 
@@ -214,3 +215,54 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+SHIPPED = "drawn-faces"
+
+
+def test_the_shipped_model_works_offline_at_once(tmp_path, monkeypatch):
+    """As after `pip install`: no store, no network, no folder of one's own."""
+    monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("no network")))
+    Image.fromarray(draw_faces([5], seed=9, size=180).images[0].numpy()).save(tmp_path / "a.png")
+    Image.fromarray(draw_faces([6], seed=9, size=180).images[0].numpy()).save(tmp_path / "b.png")
+    for command in (["reconstruct", SHIPPED, tmp_path / "a.png", "--no-align", "--out", tmp_path / "out"],
+                    ["edit", SHIPPED, tmp_path / "a.png", "--no-align", "--attribute", "Smiling", "--amount", 2, "--out", tmp_path / "e.png"],
+                    ["interpolate", SHIPPED, tmp_path / "a.png", tmp_path / "b.png", "--no-align", "--steps", 5, "--out", tmp_path / "m.gif"],
+                    ["directions", SHIPPED]):
+        done = facevae_here(*command)
+        assert done.returncode == 0, (command, done.stderr)
+    assert "Smiling" in done.stdout and "PC 1" in done.stdout
+    assert all((tmp_path / name).exists() for name in ("out/a.png", "e.png", "m.gif"))
+
+
+def test_the_shipped_model_knows_drawn_faces_and_its_card_says_how_well():
+    vae = FaceVAE.from_pretrained(SHIPPED)
+    assert sum(file.stat().st_size for file in vae.folder.iterdir()) < 5e6
+    assert (vae.config.size, vae.config.mask_decoder) == (72, True)
+    assert "H9 (ssim+l2, with face masks)" in vae.card and "license: apache-2.0" in vae.card and "| face |" in vae.card and "steps=12000" in vae.card
+    faces = draw_faces(range(64), seed=77, size=72)  # of another seed than its training faces
+    images = faces.images.permute(0, 3, 1, 2).float() / 255
+    truth = face_mask(faces.labels)
+    with torch.no_grad():
+        out = vae(images)
+    predicted = out.mask_logits > 0
+    union = (predicted & truth.bool()).sum() / (predicted | truth.bool()).sum()
+    error = ((out.recon - images).abs() * truth).sum() / (3 * truth.sum())
+    average = ((images.mean(0) - images).abs() * truth).sum() / (3 * truth.sum())
+    assert union > 0.9, f"intersection over union of the predicted masks: {union:.2f}"
+    assert error < 0.6 * average, f"mean absolute error on the face {error:.3f}; of the average picture {average:.3f}"
+
+
+def test_a_folder_of_the_same_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / SHIPPED).mkdir()
+    with pytest.raises(FaceVAEError, match="lacks config.json and model.safetensors"):
+        FaceVAE.from_pretrained(SHIPPED)
+
+
+def test_other_directions_do_not_replace_the_shipped_ones(store, tmp_path):
+    file = FaceVAE.from_pretrained(SHIPPED).folder / "directions.safetensors"
+    before = file.read_bytes()
+    assert facevae_here("directions", SHIPPED, "--data", store, "--directions", tmp_path / "own.safetensors").returncode == 0
+    assert facevae_here("directions", SHIPPED, "--data", store).returncode == 0
+    assert file.read_bytes() == before and (tmp_path / "own.safetensors").exists()
