@@ -398,6 +398,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'facevae.explorer_parts.classed': ('explorer_parts.html#classed', 'facevae/explorer_parts.py'),
                                         'facevae.explorer_parts.download_link': ( 'explorer_parts.html#download_link',
                                                                                   'facevae/explorer_parts.py'),
+                                        'facevae.explorer_parts.heading': ('explorer_parts.html#heading', 'facevae/explorer_parts.py'),
                                         'facevae.explorer_parts.spoken': ('explorer_parts.html#spoken', 'facevae/explorer_parts.py'),
                                         'facevae.explorer_parts.words': ('explorer_parts.html#words', 'facevae/explorer_parts.py')},
             'facevae.faces': { 'facevae.faces.extreme_images': ('faces.html#extreme_images', 'facevae/faces.py'),
