@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'answered', 'Controls', 'LatentExplorer']
 
-# %% ../nbs/16_explorer.ipynb #40d6bab3
+# %% ../nbs/16_explorer.ipynb #30be9fc8
 import functools
 import random
 import tempfile
@@ -21,12 +21,12 @@ from .animation import save_gif, to_frames
 from .core import FaceVAEError, atomic_file
 from .explored_faces import Face, LiveFaces, StoredFaces, uploaded_face
 from .explored_model import ExploredModel, as_png, beside, best_first, explored_directions, on_white, shown, stacked
-from .explorer_parts import REACH, STYLE, DirectionSliders, PictureRow, Said, classed, download_link, heading, spoken
+from .explored_widgets import REACH, STYLE, DirectionSliders, PictureRow, Said, classed, download_link, heading, spoken
 from .latent import interpolate
 from .model import FaceVAE
 from .store import FaceStore
 
-# %% ../nbs/16_explorer.ipynb #4e14edbd
+# %% ../nbs/16_explorer.ipynb #7cceb647
 def answered(method: Callable) -> Callable:
     """A method of an explorer whose errors become messages in it."""
     @functools.wraps(method)
@@ -39,7 +39,7 @@ def answered(method: Callable) -> Callable:
             self.said.complain(f"This did not work ({type(error).__name__}: {error}).")
     return call
 
-# %% ../nbs/16_explorer.ipynb #e423a19b
+# %% ../nbs/16_explorer.ipynb #3fc5e5dd
 class Controls:
     """The buttons and menus of an explorer. splits: {name: number of faces}."""
 
@@ -64,7 +64,7 @@ class Controls:
         self.use = widgets.VBox([heading("From one face to another", "set faces A and B, then move from A to B"), bar(self.set_a, self.set_b, self.between, self.kind),
                                  heading("Save", "the pictures as they are, or the way of the slider that was moved last"), bar(self.png, self.gif, self.link)])
 
-# %% ../nbs/16_explorer.ipynb #02c02cce
+# %% ../nbs/16_explorer.ipynb #957884cb
 STEPS = 51  # places from A to B
 
 
