@@ -236,9 +236,13 @@ def test_only_this_machine_and_only_this_page(page, server):
     assert request(server, channels, Cookie=cookies, Origin=f"http://{address.netloc}", **upgrade) == 101
 
 
-def test_ctrl_c_leaves_nothing(page, server):
+def test_kernels_end_with_their_page_and_with_ctrl_c(page, server):
+    kernels = psutil.Process(server.process.pid).children(recursive=True)
+    assert kernels, "the page has a kernel"
+    page.goto(server.url, wait_until="commit")
+    assert not psutil.wait_procs(kernels, timeout=20)[1], "the kernel of a page that was left is no more"
     children = psutil.Process(server.process.pid).children(recursive=True)
-    assert children, "the page has a kernel"
+    assert children, "the page has another one"
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(30) == 0
     server.reader.join(10)
