@@ -23,7 +23,8 @@ from .model import FaceVAE, composite
 from .run import RunDirectory
 from .run_card import run_card
 from .store import FaceStore
-from .untrusted import NUMBER, OBJECT, mistyped, read_table
+from .untrusted import NUMBER, OBJECT, mistyped
+from .untrusted_tables import read_table
 from .windows import WINDOW
 
 # %% ../nbs/10_evaluation.ipynb #e1607f49

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .core import FaceVAEError, choices
 from .labels import FACE_PARTS, class_ids
-from .losses import IMAGE_TERMS, WEIGHTS, parse_terms
 from .manifest import SIZES
-from .model import ModelConfig
+from .model_config import ModelConfig
+from .terms import IMAGE_TERMS, WEIGHTS, parse_terms
 
 # %% ../nbs/08_hypotheses.ipynb #3956d0f1
 @dataclass(frozen=True)

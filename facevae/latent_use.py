@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import FaceVAEError, atomic_file
-from .untrusted import read_table
+from .untrusted_tables import read_table
 
 # %% ../nbs/07_latent_use.ipynb #d30af772
 ACTIVE = 0.01  # variance of a posterior mean over faces, from which a dimension counts as active

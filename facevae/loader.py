@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from .core import FaceVAEError
 from .feed import Lookahead, Streamed, to_device
-from .labels import FACE_PARTS, face_mask
+from .labels import FACE_PARTS
+from .masks import face_mask
 from .store import FaceStore
 
 # %% ../nbs/04_loader.ipynb #0cf42185

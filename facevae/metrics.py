@@ -10,8 +10,10 @@ __all__ = ['MS_SSIM_WEIGHTS', 'METRICS', 'ms_ssim_scales', 'ssim', 'ms_ssim', 'v
 import math
 import socket
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -190,14 +192,33 @@ def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package asks torchvision in a deprecated way
-            network = package.LPIPS(net="alex", verbose=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        return None, f"LPIPS needs AlexNet's weights, and they could not be had: {type(error).__name__}: {error}"
+        file = _alexnet_file()
+        kept = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except Exception as error:  # no network, no server, no room, a damaged file
+        reason = (str(error).splitlines() or [""])[0]
+        return None, f"LPIPS needs AlexNet's weights, and they could not be had: {type(error).__name__}: {reason}"
     finally:
         socket.setdefaulttimeout(before)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package asks torchvision in a deprecated way
+        network = package.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
+    layers = torch.load(Path(package.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu", weights_only=True)
+    for name in network.net.state_dict():  # slice2.3.weight is AlexNet's features.3.weight
+        layers[f"net.{name}"] = kept[f"features.{name.partition('.')[2]}"].clone()
+    network.load_state_dict(layers, strict=False, assign=True)
     return _lpips(network.requires_grad_(False).eval().to(device)), None
+
+
+def _alexnet_file() -> Path:
+    """Where torch keeps AlexNet's weights, fetched when they are not there."""
+    from torchvision.models import AlexNet_Weights
+
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
+    return file
 
 # %% ../nbs/07_metrics.ipynb #c05947cb
 @dataclass(frozen=True)

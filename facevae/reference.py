@@ -24,8 +24,8 @@ from torchvision.transforms.functional import to_tensor
 
 from .hypotheses import RunConfig
 from .labels import CLASSES, FACE_PARTS
+from .model_config import ModelConfig
 from .processes import processors
-from .model import ModelConfig
 from .step import learning_rate
 from .synthetic import draw_faces
 

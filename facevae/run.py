@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from . import __version__
@@ -134,6 +133,7 @@ class RunDirectory:
         with join_claim(self.path) or take_claim(self.path) as self._claim, self._keep_warnings():
             write_text(self.path / "config.json", json.dumps(record, indent=1))
             earlier, begun = self.status.get("seconds", 0), time.perf_counter()
+            import torch  # which who claims a run is about to use; reading about runs does without
             self.update(state="running", error=None, cell=None, steps=config.steps, host=socket.gethostname(), pid=os.getpid(),
                         versions={"facevae": __version__, "torch": torch.__version__, "python": platform.python_version()})
             try:

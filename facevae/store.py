@@ -19,8 +19,9 @@ from tqdm import tqdm
 from .arrays import open_array
 from .core import FaceVAEError, choices, file_digest, printable
 from .labels import CLASSES
-from .manifest import FILES, SPLITS, read_index, read_manifest
+from .manifest import FILES, SPLITS, read_manifest
 from .packing import Source, write_store
+from .rows import read_index
 
 # %% ../nbs/02_store.ipynb #ee44aff5
 # Hues a golden section apart, full and pale in turn: classes that touch never look alike. The background stays clear.

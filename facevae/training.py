@@ -22,7 +22,7 @@ from .device import choose_compile, choose_precision, device_name, keep_freed_me
 from .feed import choose_feed, to_device
 from .hypotheses import RunConfig
 from .loader import Batch, Batches
-from .losses import loss_terms, parse_terms, weigh
+from .losses import loss_terms, weigh
 from .model import FaceVAE
 from .parallel import share_batch_norm, sum_over_processes
 from .run import RunDirectory
@@ -30,6 +30,7 @@ from .run_card import run_card
 from .samples import sample_grid
 from .step import FiniteWatch, clip_each, learning_rate, step_noise
 from .store import FaceStore
+from .terms import parse_terms
 
 # %% ../nbs/09_training.ipynb #f8d9b6f4
 Terms = dict[str, torch.Tensor]

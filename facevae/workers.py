@@ -8,12 +8,14 @@ __all__ = ['visible_gpus', 'default_workers', 'thread_environment', 'worker_envi
 
 # %% ../nbs/10_workers.ipynb #7bce8e43
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import uuid
 import warnings
@@ -35,10 +37,23 @@ from .runner import Ending, execute_run
 # %% ../nbs/10_workers.ipynb #d77c5711
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
-    import torch  # a worker that only starts processes does without
-    count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = _count_gpus(chosen)
+    named = [name.strip() for name in (chosen or "").split(",") if name.strip()]
     return named[:count] or [str(index) for index in range(count)]
+
+
+@functools.cache
+def _count_gpus(chosen: str | None) -> int:
+    """How many GPUs torch finds; asked in a process of its own, since whoever only starts processes does without torch's memory.
+
+    chosen: CUDA_VISIBLE_DEVICES, on which the answer depends.
+    """
+    done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True)
+    try:
+        return int(done.stdout.split()[-1])
+    except (ValueError, IndexError):
+        raise FaceVAEError(f"torch cannot be imported, so no run can start: {(done.stderr.strip().splitlines() or ['no message'])[-1]}") from None
 
 
 def default_workers() -> int:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from facevae.hypotheses import HYPOTHESES, make_config, parse_settings
-from facevae.labels import face_mask
+from facevae.masks import face_mask
 from facevae.model import FaceVAE
 from facevae.pictures import read_picture
 from facevae.step import clip_each, learning_rate

@@ -24,8 +24,9 @@ from test_hostile import PLANTED, plant, refused, refused_command
 
 from facevae import parser_bisenet, parser_segformer
 from facevae.labelled import is_whole
-from facevae.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, face_mask, remap
+from facevae.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, remap
 from facevae.label_quality import judge
+from facevae.masks import face_mask
 from facevae.parser import FaceParser
 from facevae.parser_bisenet import BiSeNet, fetch_bisenet, load_bisenet
 from facevae.parser_segformer import load_segformer

@@ -15,7 +15,7 @@ from PIL import Image
 from facevae import align
 from facevae.card import RESEARCH_ONLY
 from facevae.core import FaceVAEError
-from facevae.labels import face_mask
+from facevae.masks import face_mask
 from facevae.model import FaceVAE
 from facevae.synthetic import draw_faces
 
