@@ -54,7 +54,7 @@ notebooks-test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 
 notebooks: $(VENV)/installed-dev
-	for notebook in nbs/[0-9]*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
+	for notebook in nbs/[0-9]*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$notebook || exit 1; done
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/check_repository.py --write-readme

@@ -13,7 +13,7 @@ cfg = config["DEFAULT"]
 
 
 class BuildWithNotebooks(build_py):
-    """Papermill runs notebooks, so an installed library must carry the two that the study is made of."""
+    """Papermill runs notebooks, so an installed library must carry those of the study and the explorer."""
 
     def run(self):
         super().run()
@@ -39,7 +39,7 @@ setup(
     packages=find_packages(include=["facevae", "facevae.*"]),
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "segformer", "video", "onnx", "align")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "segformer", "video", "onnx", "align", "explore")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,

@@ -157,10 +157,11 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 # %% ../nbs/17_cli.ipynb #63f13cde
+from .explorer_page import explore
 from .use_commands import directions, edit, interpolate, reconstruct
 
 # %% ../nbs/17_cli.ipynb #2fc39bdd
-for _command in (reconstruct, edit, interpolate, directions):
+for _command in (reconstruct, edit, interpolate, directions, explore):
     app.command()(_command)
 
 # %% ../nbs/17_cli.ipynb #71478382
@@ -198,6 +199,6 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ending:
         if ending.code == 130:  # Ctrl-C, which typer turns into this
-            more = "Nothing was saved." if sys.argv[1:2] == ["bench"] else "The same command goes on where it stopped."
+            more = {"bench": "Nothing was saved.", "explore": ""}.get("".join(sys.argv[1:2]), "The same command goes on where it stopped.")
             typer.echo(f"\nfacevae: interrupted. {more}", err=True)
         raise

@@ -27,7 +27,7 @@ from .core import FaceVAEError, atomic_file
 
 # %% ../nbs/10_notebooks.ipynb #b25deef3
 def notebook_path(name: str) -> Path:
-    """Path of an experiment notebook, "train" or "figures". Raises FaceVAEError when it is not there."""
+    """Path of a notebook that is part of the package, "train", "figures" or "explore". Raises FaceVAEError when it is not there."""
     package = Path(sys.modules["facevae"].__file__).parent
     for folder in (package / "experiments", package.parent / "nbs" / "experiments"):
         if (folder / f"{name}.ipynb").is_file():

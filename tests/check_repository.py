@@ -70,7 +70,7 @@ def rendered_readme() -> str:
     """index.ipynb as Markdown, with the paths of pictures and notebooks made relative to the top."""
     from nbconvert import MarkdownExporter
     text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
-    text = re.sub(r'(src="|\]\()(images/|\w+\.ipynb)', r"\1nbs/\2", text)
+    text = re.sub(r'(src="|\]\()(images/|tutorials/|\w+\.ipynb)', r"\1nbs/\2", text)
     text = text.replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
