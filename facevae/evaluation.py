@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from .core import FaceVAEError, atomic_file, choices, file_digest, write_text
 from .latent_use import LatentUse, save_latents
 from .loader import Batches
-from .metrics import METRICS, load_lpips, mask_iou, measure_views, ms_ssim_scales
+from .metrics import METRICS, mask_iou, measure_views, ms_ssim_scales
 from .model import FaceVAE, composite
+from .perception import load_lpips
 from .run import RunDirectory
 from .run_card import run_card
 from .store import FaceStore

@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['MS_SSIM_WEIGHTS', 'METRICS', 'ms_ssim_scales', 'ssim', 'ms_ssim', 'vif', 'l1', 'l2', 'psnr', 'sharpness', 'delta_e',
-           'mask_iou', 'load_lpips', 'Metric', 'measure_views', 'measure']
+           'mask_iou', 'Metric', 'measure_views', 'measure']
 
 # %% ../nbs/07_metrics.ipynb #ef5b0f1a
 import math
-import socket
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -162,63 +158,6 @@ def mask_iou(*, pred_mask: Tensor, target_mask: Tensor) -> Tensor:
     value = (pred & target).sum(1) / (pred | target).sum(1)
     broken = (pred_mask.isnan() | target_mask.isnan()).flatten(1).any(1)
     return value.float().masked_fill(broken, math.nan)
-
-# %% ../nbs/07_metrics.ipynb #46fe99b7
-def _lpips(network: torch.nn.Module) -> Callable:
-    """The metric made of a `lpips.LPIPS` network."""
-    @metric
-    def lpips(pair, weight):
-        """Learned perceptual distance (Zhang et al. 2018), AlexNet: 0 for identical images; (B,).
-
-        pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], resized to each layer, or None.
-        Raises FaceVAEError for tensors that are not such images.
-        """
-        total = 0
-        for pred, target, layer in zip(pair.pred.features(network), pair.target.features(network), network.lins):
-            apart = layer((pred - target).square())  # (B, 1, h, w)
-            small = None if weight is None else F.interpolate(weight, apart.shape[-2:], mode="area")
-            total = total + mean(apart, small)
-        return total
-    return lpips
-
-
-def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple[Callable | None, str | None]:
-    """(lpips, None), or (None, reason) when the weights of its AlexNet cannot be had. Tries once.
-
-    device: where the network goes. timeout: seconds without an answer after which a download is given up.
-    """
-    import lpips as package  # here because it takes a second to import and most callers need no LPIPS
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)
-    try:
-        file = _alexnet_file()
-        kept = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except Exception as error:  # no network, no server, no room, a damaged file
-        reason = (str(error).splitlines() or [""])[0]
-        return None, f"LPIPS needs AlexNet's weights, and they could not be had: {type(error).__name__}: {reason}"
-    finally:
-        socket.setdefaulttimeout(before)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package asks torchvision in a deprecated way
-        network = package.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
-    layers = torch.load(Path(package.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu", weights_only=True)
-    for name in network.net.state_dict():  # slice2.3.weight is AlexNet's features.3.weight
-        layers[f"net.{name}"] = kept[f"features.{name.partition('.')[2]}"].clone()
-    network.load_state_dict(layers, strict=False, assign=True)
-    return _lpips(network.requires_grad_(False).eval().to(device)), None
-
-
-def _alexnet_file() -> Path:
-    """Where torch keeps AlexNet's weights, fetched when they are not there."""
-    from torchvision.models import AlexNet_Weights
-
-    url = AlexNet_Weights.IMAGENET1K_V1.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
-    return file
 
 # %% ../nbs/07_metrics.ipynb #c05947cb
 @dataclass(frozen=True)
