@@ -91,8 +91,9 @@ def draw_faces(indices: Sequence[int], seed: int = 0, size: int = 144, device=No
     if size < SMALLEST:
         raise FaceVAEError(f"A drawn face needs at least {SMALLEST} pixels a side, not {size}. Ask for a size of {SMALLEST} or more.")
     indices = list(indices)
-    images = torch.empty(len(indices), size, size, 3, dtype=torch.uint8, device=device)
-    labels = torch.empty(len(indices), size, size, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # the mode is a thread's own, and the threads below write to these
+        images = torch.empty(len(indices), size, size, 3, dtype=torch.uint8, device=device)
+        labels = torch.empty(len(indices), size, size, dtype=torch.uint8, device=device)
     values = sample_characters(indices, seed)
 
     def draw(start: int):
