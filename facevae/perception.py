@@ -41,8 +41,6 @@ def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple
 
     device: where the network goes. timeout: seconds without an answer after which a download is given up.
     """
-    import lpips as package  # here because it takes a second to import and most callers need no LPIPS
-
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
     try:
@@ -53,6 +51,8 @@ def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple
         return None, f"LPIPS needs AlexNet's weights, and they could not be had: {type(error).__name__}: {reason}"
     finally:
         socket.setdefaulttimeout(before)
+    import lpips as package  # here because it takes a second to import, and nobody needs it without the weights
+
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package asks torchvision in a deprecated way
         network = package.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
