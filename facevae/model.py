@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from pydantic import ValidationError
 from torch import nn
 
+from .batch_norm import BatchNorm
 from .card import model_card, read_card
 from .core import FaceVAEError
 from .manifest import SIZES
@@ -34,7 +35,7 @@ class Block(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                         nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
+                         BatchNorm(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
 
 # %% ../nbs/05_model.ipynb #7af32404
 class Upsample(nn.Sequential):
@@ -45,7 +46,7 @@ class Upsample(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, crop: bool = True):
         super().__init__(nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2),
-                         nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
+                         BatchNorm(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
         self.crop = crop
 
     def forward(self, inputs):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .batch_norm import BatchNorm
 from .core import FaceVAEError
 from .losses import loss_terms, weigh
 from .metrics import ssim
@@ -24,7 +25,7 @@ KERAS_HEADS = {"hidden.0": "dense", "mean": "z_mean", "log_std": "z_logvar"}
 
 def keras_names(vae: FaceVAE) -> dict[str, str]:
     """The Keras layer name of each of a FaceVAE's layers with weights, keyed by torch module name."""
-    kinds = {nn.Conv2d: "conv2d", nn.ConvTranspose2d: "conv2d_transpose", nn.BatchNorm2d: "batch_normalization"}
+    kinds = {nn.Conv2d: "conv2d", nn.ConvTranspose2d: "conv2d_transpose", BatchNorm: "batch_normalization"}
     names, counts = dict(KERAS_HEADS), dict.fromkeys(kinds, 0)
     image_head = "out_image_pre" if vae.mask_decoder is not None else "out_image"
     for part, last in (("encoder", None), ("image_decoder", image_head), ("mask_decoder", "out_mask")):

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batch_norm import BatchNorm
+
 # %% ../nbs/08_parallel.ipynb #f5f0e516
 class _Sum(torch.autograd.Function):
     """The sum of a tensor over all processes; so is its gradient."""
@@ -67,6 +69,6 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) in (nn.BatchNorm2d, BatchNorm):
             module.__class__ = SharedBatchNorm2d  # the same parameters and buffers, under the same names
     return model

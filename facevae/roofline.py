@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import nn
 
+from .batch_norm import BatchNorm
 from .device import has_bf16
 from .measure import synchronize
 from .model import FaceVAE, ModelConfig
@@ -23,7 +24,7 @@ from .style import new_figure, styled
 
 # %% ../nbs/15_roofline.ipynb #bd79ccc6
 PASSES = ("forward", "backward by input", "backward by weight")
-LAYERS = {nn.Conv2d: "convolution", nn.ConvTranspose2d: "transposed convolution", nn.Linear: "linear", nn.BatchNorm2d: "normalisation",
+LAYERS = {nn.Conv2d: "convolution", nn.ConvTranspose2d: "transposed convolution", nn.Linear: "linear", BatchNorm: "normalisation",
           nn.ELU: "activation", nn.MaxPool2d: "pooling"}
 
 
