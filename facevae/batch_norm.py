@@ -68,8 +68,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), normalised; the result may be changed in place."""
-        fold = _fold(self.num_features, inputs.shape[-1]) if self.num_features < NARROW and inputs.numel() >= FEWEST else 1
-        if fold == 1 or not self.training or inputs.device.type != "cpu" or torch.compiler.is_compiling() or not inputs.is_contiguous(memory_format=torch.channels_last):
+        # In this order: an exporter's batch size is a symbol that must not be compared with a number.
+        if (not self.training or torch.compiler.is_compiling() or inputs.device.type != "cpu" or self.num_features >= NARROW or inputs.numel() < FEWEST
+                or not inputs.is_contiguous(memory_format=torch.channels_last) or (fold := _fold(self.num_features, inputs.shape[-1])) == 1):
             return super().forward(inputs)
         outputs, mean, variance = _Normalise.apply(inputs, self.weight, self.bias, self.eps, fold)
         count = inputs.numel() / self.num_features
