@@ -161,9 +161,9 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
     with run.claim(config, store):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae = FaceVAE.from_pretrained(run.model).to(device, memory_format=torch.channels_last)
-        # A GPU is given enough to do at a time; on a processor no more than training took, which needs no further memory.
+        # A GPU is given enough to do at a time; on a processor so little that it finds room in what training has freed.
         batches = Batches(store, "test", size=config.size, parts=config.face_parts, limit=config.test_images or None,
-                          batch_size=128 if device.type == "cuda" else config.batch_size, device=device)
+                          batch_size=128 if device.type == "cuda" else 8, device=device)
         latents = LatentUse()
         table = evaluate(vae, batches, progress=progress, latents=latents)
         save_latents(latents.table(), run.latents)

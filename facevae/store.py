@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,8 +19,6 @@ from .arrays import open_array
 from .core import FaceVAEError, choices, file_digest, printable
 from .labels import CLASSES
 from .manifest import FILES, SPLITS, read_manifest
-from .packing import Source, write_store
-from .rows import read_index
 
 # %% ../nbs/02_store.ipynb #ee44aff5
 # Hues a golden section apart, full and pale in turn: classes that touch never look alike. The background stays clear.
@@ -65,12 +62,13 @@ class FaceStore:
             raise FaceVAEError(f"The file '{self.path / 'index.parquet'}' is missing. Copy the store again, or pack it again.")
 
     @cached_property
-    def index(self) -> pd.DataFrame:
+    def index(self) -> "pandas.DataFrame":
         """A row a face: name, split, and a bool column for each attribute."""
+        from facevae.rows import read_index  # which needs pandas; whoever only opens stores does without
         return read_index(self.path / "index.parquet", len(self))
 
     @property
-    def attributes(self) -> pd.DataFrame:
+    def attributes(self) -> "pandas.DataFrame":
         """The bool attributes alone, a row a face; without columns when the source had none."""
         return self.index.drop(columns=["name", "split"])
 
@@ -122,12 +120,13 @@ class FaceStore:
                 + "".join(f"\nNote: {printable(note[:500])}" for note in self.manifest.notes[:20]))
 
 # %% ../nbs/02_store.ipynb #3173050b
-def pack(source: Source, out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True) -> FaceStore:
+def pack(source: "Source", out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True) -> FaceStore:
     """Pack a source into a store, which appears at `out` whole or not at all, and open it.
 
     source: where the faces come from. out: the directory to make. max_bad: the largest share of inputs that may be skipped,
     0 to 1. overwrite: replace the store that is there. progress: show a bar, and list what was skipped.
     Raises FaceVAEError for an `out` that is taken, too many bad inputs, or a full disk.
     """
+    from facevae.packing import write_store  # which needs pandas as well
     write_store(source, out, max_bad, overwrite, progress)
     return FaceStore(out)
