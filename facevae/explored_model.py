@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'drawn_directions', 'explored_directions', 'best_first', 'shown', 'ExploredModel', 'as_jpeg', 'as_png',
-           'stacked', 'beside', 'on_white']
+           'on_white']
 
 # %% ../nbs/16_explored_model.ipynb #27933cc8
 import io
@@ -19,7 +19,7 @@ from .explored_faces import DRAWN_SEED
 from .latent import Direction, Encoded, attribute_direction, directions_table, principal_directions
 from .latent_directions import Directions, find_directions
 from .model import FaceVAE
-from .photograph import Reconstruction, encode_pictures, evaluating, to_batch
+from .photograph import Reconstruction, decode_pictures, encode_pictures, evaluating
 from .store import FaceStore
 from .synthetic import draw_faces
 
@@ -85,20 +85,9 @@ class ExploredModel:
                 total = total + amount * self.directions[name].vector
         return total
 
-    @torch.inference_mode()
     def pictures(self, latents: Tensor, original: Image.Image) -> list[Reconstruction]:
         """What latents (N, latent_dim) look like, at the size of the original, an RGB picture that composites take their background from."""
-        device = next(self.vae.parameters()).device
-        with evaluating(self.vae):
-            recons, mask_logits = self.vae.decode(latents.to(device))
-        recons = recons.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, S, S, 3)
-        masks = [None] * len(recons) if mask_logits is None else mask_logits.float().sigmoid().mul(255).round().byte()[:, 0].cpu().numpy()
-        found = []
-        for pixels, values in zip(recons, masks):
-            recon = Image.fromarray(pixels).resize(original.size, Image.Resampling.BICUBIC)
-            mask = None if values is None else Image.fromarray(values).resize(original.size, Image.Resampling.BICUBIC)
-            found.append(Reconstruction(original, recon, mask, None if mask is None else Image.composite(recon, original, mask)))
-        return found
+        return decode_pictures(self.vae, latents, [original] * len(latents))
 
 # %% ../nbs/16_explored_model.ipynb #8b2c756e
 def as_jpeg(image: Image.Image) -> bytes:
@@ -113,26 +102,6 @@ def as_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def stacked(images: list[Image.Image], gap: int = 4) -> Image.Image:
-    """Pictures below each other on white."""
-    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height + gap for image in images) - gap), "white")
-    top = 0
-    for image in images:
-        sheet.paste(image, (0, top))
-        top += image.height + gap
-    return sheet
-
-
-def beside(images: list[Image.Image], gap: int = 4) -> Image.Image:
-    """Pictures of one height in a row on white."""
-    sheet = Image.new("RGB", (sum(image.width + gap for image in images) - gap, max(image.height for image in images)), "white")
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width + gap
-    return sheet
 
 
 def on_white(result: Reconstruction) -> Image.Image:

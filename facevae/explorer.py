@@ -20,10 +20,11 @@ from PIL import Image
 from .animation import save_gif, to_frames
 from .core import FaceVAEError, atomic_file
 from .explored_faces import Face, LiveFaces, StoredFaces, uploaded_face
-from .explored_model import ExploredModel, as_png, beside, best_first, explored_directions, on_white, shown, stacked
+from .explored_model import ExploredModel, as_png, best_first, explored_directions, on_white, shown
 from .explored_widgets import REACH, STYLE, DirectionSliders, PictureRow, Said, classed, download_link, heading, spoken
 from .latent import interpolate
 from .model import FaceVAE
+from .photograph import joined
 from .store import FaceStore
 
 # %% ../nbs/16_explorer.ipynb #7cceb647
@@ -206,7 +207,7 @@ class LatentExplorer(widgets.VBox):
 
     @answered
     def _save_png(self, _=None) -> None:
-        self._offer(as_png(stacked([row.result.side_by_side() for row in self.rows])), "face.png")
+        self._offer(as_png(joined([row.result.side_by_side() for row in self.rows], down=True)), "face.png")
 
     @answered
     def _save_gif(self, _=None) -> None:
@@ -227,4 +228,4 @@ class LatentExplorer(widgets.VBox):
         else:
             raise FaceVAEError("A GIF shows what a slider does. Move one first, or set faces A and B and move from one to the other.")
         films = [[on_white(one) for one in model.pictures(way, self.original)] for model, way in zip(self.models, ways)]
-        return [beside(list(images)) for images in zip(*films)], name
+        return [joined(images) for images in zip(*films)], name

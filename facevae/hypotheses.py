@@ -199,10 +199,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 def format_settings(config: RunConfig) -> list[str]:
     """The "key=value" texts that, with its preset, hypothesis and seed, give a configuration: what `parse_settings` reads."""
-    plain = make_config(config.hypothesis, config.preset, config.seed)
-    changed = {key: value for key, value in config.model_dump(mode="json").items() if value != plain.model_dump(mode="json")[key]}
+    plain = make_config(config.hypothesis, config.preset, config.seed).model_dump(mode="json")
+    changed = {key: value for key, value in config.model_dump(mode="json").items() if value != plain[key]}
     weights = changed.pop("weights", {})
-    changed |= {f"weights.{name}": value for name, value in weights.items() if value != plain.weights[name]}
+    changed |= {f"weights.{name}": value for name, value in weights.items() if value != plain["weights"][name]}
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
 
 # %% ../nbs/08_hypotheses.ipynb #f0e9e92e

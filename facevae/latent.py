@@ -146,10 +146,10 @@ def attribute_direction(name: str, encoded: Encoded, has: np.ndarray, held_out: 
     return Direction(name, vector, float(auc), _share(vector, encoded.mean))
 
 
-def attribute_directions(vae: FaceVAE, store: FaceStore, names: list[str] | None = None, limit: int | None = 5000) -> dict[str, Direction]:
+def attribute_directions(vae: FaceVAE, store: FaceStore, names: list[str] | None = None, limit: int | None = 5000, encoded: Encoded | None = None) -> dict[str, Direction]:
     """Directions of a store's attributes, computed from training faces and tested on the others; those that all or none have are left out.
 
-    names: of attributes (default: all). limit: at most so many faces of each split. Raises FaceVAEError for an attribute that the store lacks.
+    names: of attributes (default: all). limit: at most so many faces of each split. encoded: training faces that are encoded already. Raises FaceVAEError for an attribute that the store lacks.
     """
     table = store.attributes
     if not len(table.columns):
@@ -158,7 +158,7 @@ def attribute_directions(vae: FaceVAE, store: FaceStore, names: list[str] | None
         if name not in table:
             raise FaceVAEError(f"The store '{store.path}' has no attribute '{name}'. {choices(name, table.columns)}")
     splits = [split for split in ("val", "test") if len(store.rows(split))]
-    found, others = encode_store(vae, store, "train", limit), [encode_store(vae, store, split, limit) for split in splits]
+    found, others = encoded or encode_store(vae, store, "train", limit), [encode_store(vae, store, split, limit) for split in splits]
     held_out = Encoded([name for part in others for name in part.names], *(torch.cat([getattr(part, key) for part in others]) if others else getattr(found, key)[:0]
                                                                            for key in ("mean", "log_std")))
     table.index = store.index["name"]

@@ -48,19 +48,17 @@ class Directions:
 def compute_directions(vae: FaceVAE, store: FaceStore, limit: int = LIMIT) -> Directions:
     """Directions of a store's faces, from at most `limit` faces of each split. Raises FaceVAEError for a store with fewer than two training faces."""
     encoded = encode_store(vae, store, "train", limit)
-    attributes = attribute_directions(vae, store, limit=limit) if len(store.attributes.columns) else {}
+    attributes = attribute_directions(vae, store, limit=limit, encoded=encoded) if len(store.attributes.columns) else {}
     return Directions(attributes, principal_directions(encoded, PRINCIPAL), encoded.mean.mean(0))
 
 # %% ../nbs/15_latent_directions.ipynb #660e039e
 MOST_ROWS = 4096
 
 
-def _weights(vae: FaceVAE) -> str:
-    return tensors_digest({name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()})
-
-
-def _origin(vae: FaceVAE, store: FaceStore) -> dict[str, object]:
-    return {"weights": _weights(vae), "store": store.fingerprint, "limit": LIMIT, "principal": PRINCIPAL}
+def _origin(vae: FaceVAE, store: FaceStore | None) -> dict[str, object]:
+    """What directions depend on; of any store, the weights alone."""
+    weights = tensors_digest({name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()})
+    return {"weights": weights} | ({"store": store.fingerprint, "limit": LIMIT, "principal": PRINCIPAL} if store else {})
 
 
 def save_directions(path: str | Path, directions: Directions, vae: FaceVAE, store: FaceStore) -> None:
@@ -80,7 +78,8 @@ def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = No
     try:
         count = min(tensor_shape(path, "vectors")[0], MOST_ROWS)
         tensors, facts = read_tensors(path, {"vectors": torch.zeros(count, vae.config.latent_dim)}, "", digest=True)
-        if facts["origin"]["weights"] != _weights(vae) or (store and facts["origin"] != _origin(vae, store)) or not tensors["vectors"].isfinite().all():
+        origin = facts["origin"] if store else {"weights": facts["origin"]["weights"]}
+        if origin != _origin(vae, store) or not tensors["vectors"].isfinite().all():
             return None
         *vectors, mean = tensors["vectors"]
         found = [Direction(str(name), vector, np.nan if auc is None else float(auc), float(share))
