@@ -63,7 +63,7 @@ def facevae(*arguments, cwd=None, check=True, **variables):
 
 def facevae_here(*arguments):
     """Run the facevae command in this process, which spares importing torch again; gives returncode, stdout, stderr."""
-    from facevae.cli import main
+    from facevae.cli.app import main
     out, err = io.StringIO(), io.StringIO()
     with mock.patch.object(sys, "argv", ["facevae", *map(str, arguments)]), mock.patch.dict(os.environ, {"COLUMNS": "120"}), \
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import facevae_here
 
-from facevae.hypotheses import make_config
-from facevae.losses import loss_terms, weigh
-from facevae.model import FaceVAE
-from facevae.reference import PlainVAE, plain_losses
+from facevae.config import make_config
+from facevae.model.losses import loss_terms, weigh
+from facevae.model.vae import FaceVAE
+from facevae.bench.baseline import PlainVAE, plain_losses
 
 SMALL = ["--seconds", "1", "--set", "size=36", "--set", "width=0.1", "--set", "latent_dim=8", "--set", "batch_size=8"]
 

@@ -18,15 +18,16 @@ from drawn_celeba import ATTRIBUTES, RECORD, Faces
 from PIL import Image
 
 from facevae import celeba as published_celeba
-from facevae.celeba import COUNT, LAST
+from facevae.data.celeba_files import COUNT, LAST
 from facevae.core import FaceVAEError
-from facevae.hypotheses import make_config
-from facevae.packing import Faces as Packed
-from facevae.parser_bisenet import BiSeNet
-from facevae.run import RunDirectory
-from facevae.sources_celeba import CelebASource
-from facevae.sources_celebamask_hq import CelebAMaskHQSource
-from facevae.store import FaceStore, pack
+from facevae.config import make_config
+from facevae.data.packing import Faces as Packed
+from facevae.parsing.bisenet import BiSeNet
+from facevae.training.run import RunDirectory
+from facevae.data.celeba import CelebASource
+from facevae.data.celeba import CelebAMaskHQSource
+from facevae.data.store import FaceStore
+from facevae.data.packing import pack
 
 SIZE = 36
 

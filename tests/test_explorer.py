@@ -21,9 +21,9 @@ import pytest
 from conftest import facevae_here
 from PIL import Image
 
-from facevae.explorer import LatentExplorer
-from facevae.model import FaceVAE, ModelConfig
-from facevae.synthetic import draw_faces
+from facevae.explore.explorer import LatentExplorer
+from facevae.model.vae import FaceVAE, ModelConfig
+from facevae.synthetic.render import draw_faces
 
 CHROMIUM = os.environ.get("FACEVAE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -262,7 +262,7 @@ def test_what_cannot_be_explored(unmasked, tmp_path):
 
 
 def test_the_widget_in_plain_python(store, record_property):
-    from facevae.store import FaceStore
+    from facevae.data.store import FaceStore
     explorer = LatentExplorer(FaceVAE.from_pretrained("drawn-faces"), FaceStore(store))
     slider = next(iter(explorer.sliders.sliders.values()))
     before, times = explorer.rows[0].images[1].value, []

@@ -29,28 +29,30 @@ from madeup import HYPOTHESES, make_sweep, write_run
 from PIL import Image
 from safetensors.torch import save_file
 
-from facevae.analysis import over_seeds, results
-from facevae.checkpoint import BEST, load_best, load_checkpoint, save_best, save_checkpoint
+from facevae.analysis.results import over_seeds, results
+from facevae.training.checkpoint import BEST, load_best, load_checkpoint, save_best, save_checkpoint
 from facevae.core import FaceVAEError, file_digest
-from facevae.evaluation import load_metrics
-from facevae.findings import Findings
-from facevae.hypotheses import make_config, parse_settings
-from facevae.labels import CLASSES
-from facevae.latent_use import load_latents
-from facevae.model import FaceVAE, ModelConfig
-from facevae.notebooks import execute
-from facevae.original import keras_names, load_keras
-from facevae.packing import Faces
-from facevae.pictures import UnusableInput, read_labels, read_picture
-from facevae.plates import study_figures
-from facevae.reconstruct import reconstruct_files
-from facevae.report import commands, facts, write_figures, write_report, write_tables
-from facevae.run import RunDirectory
-from facevae.sources import FolderSource, SyntheticSource, read_attributes
-from facevae.store import FaceStore, pack
-from facevae.sweeps import load_sweep
-from facevae.training import train
-from facevae.verdicts import sweep_claims
+from facevae.training.evaluation import load_metrics
+from facevae.analysis.claims import Findings
+from facevae.config import make_config, parse_settings
+from facevae.data.labels import CLASSES
+from facevae.training.evaluation import load_latents
+from facevae.model.vae import FaceVAE, ModelConfig
+from facevae.sweep.runner import execute
+from facevae.model.keras import keras_names, load_keras
+from facevae.data.packing import Faces
+from facevae.data.images import UnusableInput, read_labels, read_picture
+from facevae.analysis.figures import study_figures
+from facevae.editing.photographs import reconstruct_files
+from facevae.analysis.report import commands, facts, write_figures, write_report, write_tables
+from facevae.training.run import RunDirectory
+from facevae.data.sources import FolderSource, read_attributes
+from facevae.synthetic.render import SyntheticSource
+from facevae.data.store import FaceStore
+from facevae.data.packing import pack
+from facevae.analysis.results import load_sweep
+from facevae.training.trainer import train
+from facevae.analysis.claims import sweep_claims
 
 SMALL = ModelConfig(size=36, width=0.1, latent_dim=8)
 
@@ -177,7 +179,7 @@ def test_payload_in_a_model_of_the_hub(things, tmp_path, monkeypatch):
         return str(things / "model" / name)
 
     plant(things / "model" / "pytorch_model.bin", "pickle", tmp_path / "executed")
-    monkeypatch.setattr("facevae.model.hf_hub_download", download)
+    monkeypatch.setattr("facevae.model.vae.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
     assert "fetched from the hub" in refused(FaceVAE.from_pretrained, "somebody/model")
     assert asked == ["config.json", "model.safetensors"] and not (tmp_path / "executed").exists()

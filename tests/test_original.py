@@ -8,8 +8,8 @@ from conftest import facevae_here
 from keras_numpy import Network, random_weights, save_keras
 
 from facevae.core import FaceVAEError
-from facevae.model import FaceVAE
-from facevae.original import load_keras, loss_parity, parity
+from facevae.model.vae import FaceVAE
+from facevae.model.keras import load_keras, loss_parity, parity
 
 REFERENCE = Path(os.environ.get("FACEVAE_KERAS_REFERENCE", Path(__file__).resolve().parent.parent.parent / "shared" / "keras_reference"))
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="FACEVAE_KERAS_REFERENCE names no folder")

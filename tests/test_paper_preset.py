@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from facevae.hypotheses import HYPOTHESES, make_config, parse_settings
-from facevae.masks import face_mask
-from facevae.model import FaceVAE
-from facevae.pictures import read_picture
-from facevae.step import clip_each, learning_rate
-from facevae.store import FaceStore
-from facevae.training import Trainer, train
+from facevae.config import HYPOTHESES, make_config, parse_settings
+from facevae.data.loader import face_mask
+from facevae.model.vae import FaceVAE
+from facevae.data.images import read_picture
+from facevae.training.trainer import clip_each, learning_rate
+from facevae.data.store import FaceStore
+from facevae.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 
 from facevae.core import FaceVAEError
-from facevae.hypotheses import make_config, parse_settings
-from facevae.launch import launch
-from facevae.training import train
+from facevae.config import make_config, parse_settings
+from facevae.training.launch import launch
+from facevae.training.trainer import train
 
 SETTINGS = ["steps=20", "size=36", "width=0.125", "latent_dim=8", "batch_size=16", "log_every=1", "validate_every=10", "checkpoint_every=5",
             "precision=fp32"]
 
 
 def accelerate_launch(store, out, *settings, hypothesis="H9"):
-    """Run facevae.launch in two processes on the processor, as a user would from a shell."""
+    """Run facevae.training.launch in two processes on the processor, as a user would from a shell."""
     arguments = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "facevae.launch",
+                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "facevae.training.launch",
                  "--hypothesis", hypothesis, "--preset", "paper", "--data", store, "--out", out]
     for setting in [*SETTINGS, *settings]:
         arguments += ["--set", setting]

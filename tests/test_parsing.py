@@ -23,17 +23,17 @@ from PIL import Image
 from test_hostile import PLANTED, plant, refused, refused_command
 
 from facevae import parser_bisenet, parser_segformer
-from facevae.labelled import is_whole
-from facevae.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, remap
-from facevae.label_quality import judge
-from facevae.masks import face_mask
-from facevae.parser import FaceParser
-from facevae.parser_bisenet import BiSeNet, fetch_bisenet, load_bisenet
-from facevae.parser_segformer import load_segformer
-from facevae.parsing import parse_folder
-from facevae.sources import FolderSource
-from facevae.store import pack
-from facevae.synthetic import draw_faces
+from facevae.parsing.label_folder import is_whole
+from facevae.data.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, remap
+from facevae.parsing.label_folder import judge
+from facevae.data.loader import face_mask
+from facevae.parsing.parser import FaceParser
+from facevae.parsing.bisenet import BiSeNet, fetch_bisenet, load_bisenet
+from facevae.parsing.segformer import load_segformer
+from facevae.parsing.label_folder import parse_folder
+from facevae.data.sources import FolderSource
+from facevae.data.packing import pack
+from facevae.synthetic.render import draw_faces
 
 
 def random_bisenet(seed: int = 0) -> BiSeNet:

@@ -11,12 +11,12 @@ from matplotlib.axis import Axis
 from matplotlib.text import Text
 
 from facevae.core import FaceVAEError
-from facevae.findings import Findings
-from facevae.notebooks import execute
-from facevae.plates import study_figures
-from facevae.report import write_report
-from facevae.style import new_figure, png
-from facevae.sweeps import load_sweep
+from facevae.analysis.claims import Findings
+from facevae.sweep.runner import execute
+from facevae.analysis.figures import study_figures
+from facevae.analysis.report import write_report
+from facevae.plotting import new_figure, png
+from facevae.analysis.results import load_sweep
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
 FETCHED = {"src", "srcset", "poster", "data", "background", "action"}

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 
 from facevae import losses, windows
-from facevae.hypotheses import make_config
-from facevae.store import FaceStore
-from facevae.training import Trainer
+from facevae.config import make_config
+from facevae.data.store import FaceStore
+from facevae.training.trainer import Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

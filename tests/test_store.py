@@ -19,10 +19,11 @@ from PIL import Image
 
 import facevae.packing
 from facevae.core import FaceVAEError
-from facevae.labels import CLASSES
-from facevae.packing import Faces, Skipped
-from facevae.sources import FolderSource
-from facevae.store import FaceStore, pack
+from facevae.data.labels import CLASSES
+from facevae.data.packing import Faces, Skipped
+from facevae.data.sources import FolderSource
+from facevae.data.store import FaceStore
+from facevae.data.packing import pack
 
 SIZE = 36
 
@@ -75,7 +76,7 @@ def store(tmp_path):
 FORKS = """
     import os, sys, time
     sys.path.insert(0, sys.argv[1])
-    import facevae.core, facevae.packing as packing
+    import facevae.core, facevae.data.packing as packing
     from test_store import Plain
 
     def run(moment, out):
@@ -180,8 +181,8 @@ def test_disk_full_is_foreseen(tmp_path):
 @pytest.mark.parametrize("where", ["append", "header", "index", "manifest"])
 def test_disk_full_while_writing(tmp_path, monkeypatch, where):
     def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
-    target, name = {"append": (facevae.packing.ArrayWriter, "append"), "header": (facevae.packing.ArrayWriter, "__exit__"),
-                    "index": (facevae.packing.pd.DataFrame, "to_parquet"), "manifest": (facevae.packing, "write_text")}[where]
+    target, name = {"append": (facevae.data.packing.ArrayWriter, "append"), "header": (facevae.data.packing.ArrayWriter, "__exit__"),
+                    "index": (facevae.data.packing.pd.DataFrame, "to_parquet"), "manifest": (facevae.data.packing, "write_text")}[where]
     monkeypatch.setattr(target, name, full)
     assert "not enough space" in message(pack, Plain(), tmp_path / "store", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +198,7 @@ def test_really_full_disk(tmp_path, monkeypatch, kilobytes):
         pytest.skip("mounting a small disk needs root")
     try:
         usage = shutil.disk_usage(disk)
-        monkeypatch.setattr(facevae.packing.shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+        monkeypatch.setattr(facevae.data.packing.shutil, "disk_usage", lambda path: usage._replace(free=10**12))
         assert "not enough space" in message(pack, Plain(), disk / "store", progress=False)
         assert list(disk.iterdir()) == []
     finally:

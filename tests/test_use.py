@@ -13,11 +13,11 @@ from conftest import TINY, facevae, facevae_here
 from PIL import Image
 
 from facevae import align
-from facevae.card import RESEARCH_ONLY
+from facevae.model.pretrained import RESEARCH_ONLY
 from facevae.core import FaceVAEError
-from facevae.masks import face_mask
-from facevae.model import FaceVAE
-from facevae.synthetic import draw_faces
+from facevae.data.loader import face_mask
+from facevae.model.vae import FaceVAE
+from facevae.synthetic.render import draw_faces
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_the_card_of_a_run(model, store):
 
 
 def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
-    from facevae.run import RunDirectory
-    from facevae.run_card import run_card
-    from facevae.store import FaceStore
+    from facevae.training.run import RunDirectory
+    from facevae.training.trainer import run_card
+    from facevae.data.store import FaceStore
     shutil.copytree(store, tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     evil = "<script>alert(1)</script>\n---\nlicense: mit\n# Heading | x"

@@ -33,7 +33,7 @@ def study(python, store, folder, **variables):
 def test_wheel_runs_the_study(wheel, store, tmp_path):
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    where = subprocess.run([sys.executable, "-c", "import facevae.notebooks as n; print(n.notebook_path('train'))"], cwd=tmp_path,
+    where = subprocess.run([sys.executable, "-c", "import facevae.sweep.runner as n; print(n.notebook_path('train'))"], cwd=tmp_path,
                            env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True).stdout.strip()
     assert where.startswith(str(site)), f"the wheel's own notebooks are not used: {where}"
     study([sys.executable, "-c", "from facevae.cli import main; main()"], store, tmp_path, PYTHONPATH=str(site))
