@@ -1,7 +1,8 @@
 """Builds the package from settings.ini, and ships the experiment notebooks inside it."""
+
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
-import shutil
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -34,12 +35,19 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    classifiers=["Programming Language :: Python :: 3", "Framework :: Jupyter", "Intended Audience :: Science/Research"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Framework :: Jupyter",
+        "Intended Audience :: Science/Research",
+    ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["facevae", "facevae.*"]),
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "segformer", "video", "onnx", "align", "explore")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("dev", "segformer", "video", "onnx", "align", "explore")
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,

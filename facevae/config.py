@@ -7,7 +7,17 @@ __all__ = ['IMAGE_TERMS', 'WEIGHTS', 'HYPOTHESES', 'PRESETS', 'parse_terms', 'Mo
            'parse_hypotheses', 'RunConfig', 'make_config', 'parse_settings', 'format_settings', 'check_parameters']
 
 # %% ../nbs/06_config.ipynb #c0003
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from .core import FaceVAEError, choices
+from .data.labels import FACE_PARTS, class_ids
+from .data.store import SIZES
 
 # %% ../nbs/06_config.ipynb #c0005
 IMAGE_TERMS = ("ssim", "l1", "l2")
@@ -22,18 +32,15 @@ def parse_terms(terms: str) -> tuple[str, ...]:
     names = [name.strip().lower() for name in terms.split("+")]
     for name in names:
         if name not in IMAGE_TERMS:
-            raise FaceVAEError(f"'{name}' in the loss '{terms}' is not an image term. {choices(name, IMAGE_TERMS)} "
-                               "Join several with '+', for example ssim+l2.")
+            raise FaceVAEError(
+                f"'{name}' in the loss '{terms}' is not an image term. {choices(name, IMAGE_TERMS)} "
+                "Join several with '+', for example ssim+l2."
+            )
     if len(set(names)) < len(names):
-        raise FaceVAEError(f"The loss '{terms}' names a term twice. Name each once, and set its weight instead.")
+        raise FaceVAEError(
+            f"The loss '{terms}' names a term twice. Name each once, and set its weight instead."
+        )
     return tuple(name for name in IMAGE_TERMS if name in names)
-
-# %% ../nbs/06_config.ipynb #c0010
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
-
-from .data.store import SIZES
 
 # %% ../nbs/06_config.ipynb #c0012
 class ModelConfig(BaseModel):
@@ -44,6 +51,7 @@ class ModelConfig(BaseModel):
     sampling: "gaussian" draws mean + noise * exp(log_std); "original" draws mean + noise * log_std, as the
     authors' code does.
     """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: Literal[SIZES] = 144
@@ -52,32 +60,31 @@ class ModelConfig(BaseModel):
     mask_decoder: bool = True
     sampling: Literal["gaussian", "original"] = "gaussian"
 
-# %% ../nbs/06_config.ipynb #c0016
-import json
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from .core import FaceVAEError, choices
-from .data.labels import FACE_PARTS, class_ids
-from .data.store import SIZES
-
 # %% ../nbs/06_config.ipynb #c0018
 @dataclass(frozen=True)
 class Hypothesis:
     """An objective: image terms such as "ssim+l2", and whether face masks are used."""
+
     name: str
     terms: str
     mask: bool
 
 
-HYPOTHESES = {name: Hypothesis(name, terms, mask) for name, terms, mask in (
-    ("H1", "ssim+l1", False), ("H2", "ssim+l1", True), ("H3", "l1", False), ("H4", "l1", True),
-    ("H5", "ssim", False), ("H6", "ssim", True), ("H7", "l2", False), ("H8", "l2", True),
-    ("H9", "ssim+l2", True), ("H10", "ssim+l2", False))}
+HYPOTHESES = {
+    name: Hypothesis(name, terms, mask)
+    for name, terms, mask in (
+        ("H1", "ssim+l1", False),
+        ("H2", "ssim+l1", True),
+        ("H3", "l1", False),
+        ("H4", "l1", True),
+        ("H5", "ssim", False),
+        ("H6", "ssim", True),
+        ("H7", "l2", False),
+        ("H8", "l2", True),
+        ("H9", "ssim+l2", True),
+        ("H10", "ssim+l2", False),
+    )
+}
 
 
 def parse_hypothesis(text: str) -> Hypothesis:
@@ -90,8 +97,10 @@ def parse_hypothesis(text: str) -> Hypothesis:
         return HYPOTHESES[text.upper()]
     parts = [part.strip().lower() for part in text.split("+")]
     if not set(parts) & set(IMAGE_TERMS):
-        raise FaceVAEError(f"Unknown hypothesis '{text}'. {choices(text, HYPOTHESES)} Or write one of your own as a sum "
-                           "of ssim, l1 and l2, with +mask for face masks, for example l1+l2+mask.")
+        raise FaceVAEError(
+            f"Unknown hypothesis '{text}'. {choices(text, HYPOTHESES)} Or write one of your own as a sum "
+            "of ssim, l1 and l2, with +mask for face masks, for example l1+l2+mask."
+        )
     terms = "+".join(parse_terms("+".join(part for part in parts if part != "mask")))
     mask = "mask" in parts
     for known in HYPOTHESES.values():
@@ -122,6 +131,7 @@ class RunConfig(BaseModel):
     validate_every, checkpoint_every, log_every: steps. val_images, test_images: use at most so many, 0 for all.
     threads: of the processor, 0 for all. processes: that share each batch, one a GPU.
     """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hypothesis: str
@@ -174,8 +184,13 @@ class RunConfig(BaseModel):
     @property
     def model(self) -> ModelConfig:
         """The network that this run trains."""
-        return ModelConfig(size=self.size, width=self.width, latent_dim=self.latent_dim, mask_decoder=self.mask,
-                           sampling=self.sampling)
+        return ModelConfig(
+            size=self.size,
+            width=self.width,
+            latent_dim=self.latent_dim,
+            mask_decoder=self.mask,
+            sampling=self.sampling,
+        )
 
     def fit(self, store_size: int) -> "RunConfig":
         """The configuration with `size` decided for a store of the given size in pixels.
@@ -183,20 +198,36 @@ class RunConfig(BaseModel):
         Raises FaceVAEError when it asks for larger pictures than the store holds.
         """
         if self.size and self.size > store_size:
-            raise FaceVAEError(f"The store holds {store_size} px pictures, smaller than the {self.size} px of this run. Pack it "
-                               f"again with --size {self.size}, or train with --set size={store_size}.")
+            raise FaceVAEError(
+                f"The store holds {store_size} px pictures, smaller than the {self.size} px of this run. Pack it "
+                f"again with --size {self.size}, or train with --set size={store_size}."
+            )
         return self if self.size else self.model_copy(update={"size": min(store_size, 72)})
 
 # %% ../nbs/06_config.ipynb #c0026
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"size": 144},
-    "quick": {"width": 0.25, "latent_dim": 128, "steps": 300, "batch_size": 16, "learning_rate": 2e-3,
-              "schedule": "one-cycle", "norm_momentum": 0.1, "flip": True, "validate_every": 100, "checkpoint_every": 100,
-              "log_every": 10, "val_images": 96, "test_images": 200},
+    "quick": {
+        "width": 0.25,
+        "latent_dim": 128,
+        "steps": 300,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "schedule": "one-cycle",
+        "norm_momentum": 0.1,
+        "flip": True,
+        "validate_every": 100,
+        "checkpoint_every": 100,
+        "log_every": 10,
+        "val_images": 96,
+        "test_images": 200,
+    },
 }
 
 
-def make_config(hypothesis: str, preset: str = "quick", seed: int = 0, overrides: dict[str, Any] | None = None) -> RunConfig:
+def make_config(
+    hypothesis: str, preset: str = "quick", seed: int = 0, overrides: dict[str, Any] | None = None
+) -> RunConfig:
     """The configuration of one run.
 
     hypothesis: as for parse_hypothesis. preset: a key of PRESETS. overrides: any other field of RunConfig.
@@ -207,15 +238,28 @@ def make_config(hypothesis: str, preset: str = "quick", seed: int = 0, overrides
     objective, overrides = parse_hypothesis(hypothesis), dict(overrides or {})
     for key in overrides:
         if key in ("hypothesis", "terms", "mask", "preset", "seed"):
-            raise FaceVAEError(f"'{key}' cannot be overridden: it is given by the option of its own. Terms and masks make "
-                               "the hypothesis: write it as a sum, for example l1+l2+mask.")
+            raise FaceVAEError(
+                f"'{key}' cannot be overridden: it is given by the option of its own. Terms and masks make "
+                "the hypothesis: write it as a sum, for example l1+l2+mask."
+            )
         if key not in RunConfig.model_fields:
             raise FaceVAEError(f"'{key}' is not a setting of a run. {choices(key, RunConfig.model_fields)}")
     try:
-        return RunConfig.model_validate(dict(hypothesis=objective.name, terms=objective.terms, mask=objective.mask,
-                                             seed=seed, preset=preset) | PRESETS[preset] | overrides)
+        return RunConfig.model_validate(
+            dict(
+                hypothesis=objective.name,
+                terms=objective.terms,
+                mask=objective.mask,
+                seed=seed,
+                preset=preset,
+            )
+            | PRESETS[preset]
+            | overrides
+        )
     except ValidationError as error:
-        problems = "; ".join(f"'{'.'.join(map(str, e['loc']))}' cannot be {e['input']!r}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            f"'{'.'.join(map(str, e['loc']))}' cannot be {e['input']!r}: {e['msg']}" for e in error.errors()
+        )
         raise FaceVAEError(f"The settings do not fit: {problems}.") from None
 
 
@@ -228,7 +272,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not re.fullmatch(r"[\w.]+", key.strip()):
-            raise FaceVAEError(f"'{setting}' is not a setting. Write --set key=value, for example --set steps=200.")
+            raise FaceVAEError(
+                f"'{setting}' is not a setting. Write --set key=value, for example --set steps=200."
+            )
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):  # no JSON, or more digits or brackets than it allows
@@ -246,8 +292,12 @@ def format_settings(config: RunConfig) -> list[str]:
     plain = make_config(config.hypothesis, config.preset, config.seed).model_dump(mode="json")
     changed = {key: value for key, value in config.model_dump(mode="json").items() if value != plain[key]}
     weights = changed.pop("weights", {})
-    changed |= {f"weights.{name}": value for name, value in weights.items() if value != plain["weights"][name]}
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+    changed |= {
+        f"weights.{name}": value for name, value in weights.items() if value != plain["weights"][name]
+    }
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()
+    ]
 
 # %% ../nbs/06_config.ipynb #c0031
 def check_parameters(variables: dict[str, Any], known: Iterable[str]) -> None:
@@ -258,8 +308,13 @@ def check_parameters(variables: dict[str, Any], known: Iterable[str]) -> None:
     """
     known = list(known)
     usual = {"In", "Out", "exit", "quit", "get_ipython", "open"}
-    unknown = [name for name, value in variables.items()
-               if not name.startswith("_") and name not in usual and name not in known
-               and isinstance(value, (str, int, float, bool, list, dict, tuple, type(None)))]
+    unknown = [
+        name
+        for name, value in variables.items()
+        if not name.startswith("_")
+        and name not in usual
+        and name not in known
+        and isinstance(value, (str, int, float, bool, list, dict, tuple, type(None)))
+    ]
     if unknown:
         raise FaceVAEError(f"This notebook has no parameter '{unknown[0]}'. {choices(unknown[0], known)}")

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -46,7 +47,9 @@ def choices(name: str, options: Iterable[str]) -> str:
     return (f"Did you mean '{near[0]}'? " if near else "") + f"Choose from: {', '.join(options)}."
 
 # %% ../nbs/00_core.ipynb #c0012
-GUARDS: dict[str, Callable[[], None]] = {}  # directory (resolved): called before anything below it is replaced
+GUARDS: dict[
+    str, Callable[[], None]
+] = {}  # directory (resolved): called before anything below it is replaced
 
 
 def ask_guards(path: str | Path) -> None:
@@ -66,7 +69,17 @@ def _publish(partial: Path, path: Path, mode: int) -> None:
     os.replace(partial, path)
 
 
-IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP}
+IN_THE_WAY = {
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ELOOP,
+}
 
 
 @contextlib.contextmanager
@@ -77,7 +90,9 @@ def _mendable(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in IN_THE_WAY:
             raise
-        raise FaceVAEError(f"'{path}' cannot be written ({error.strerror}). Remove what is in its way, or choose another place.") from error
+        raise FaceVAEError(
+            f"'{path}' cannot be written ({error.strerror}). Remove what is in its way, or choose another place."
+        ) from error
 
 
 def partial_prefix(path: Path) -> str:
@@ -125,7 +140,9 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     path = Path(path)
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if os.path.lexists(path) and not empty and not overwrite:
-        raise FaceVAEError(f"'{path}' already exists. Choose another --out, or pass --overwrite to replace it.")
+        raise FaceVAEError(
+            f"'{path}' already exists. Choose another --out, or pass --overwrite to replace it."
+        )
     with _mendable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=partial_prefix(path), suffix=".partial", dir=path.parent))
@@ -136,7 +153,10 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 _publish(partial, path, 0o777)  # fails when somebody else has filled it meanwhile
             else:
                 # What is replaced is moved aside first, so that at every moment a whole directory exists.
-                aside = Path(tempfile.mkdtemp(prefix=partial_prefix(path), suffix=".old", dir=path.parent)) / path.name
+                aside = (
+                    Path(tempfile.mkdtemp(prefix=partial_prefix(path), suffix=".old", dir=path.parent))
+                    / path.name
+                )
                 os.replace(path, aside)
                 try:
                     _publish(partial, path, 0o777)
@@ -160,20 +180,25 @@ def progress_bar(total: int, description: str, unit: str, shown: bool = True, do
 
     total: steps in all. done: steps done before. shown: off gives a bar that prints nothing.
     """
-    return tqdm(total=total, initial=done, desc=description, unit=unit, disable=not shown, smoothing=0.05,
-                mininterval=0.2 if sys.stderr.isatty() else 30)
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit=unit,
+        disable=not shown,
+        smoothing=0.05,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
 
 # %% ../nbs/00_core.ipynb #c0025
 THREADS_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-# %% ../nbs/00_core.ipynb #c0027
-import importlib.util
-import os
-from pathlib import Path
-
 # %% ../nbs/00_core.ipynb #c0029
 DEFAULT = "drawn-faces"  # H9 at 72 pixels
-COMPANIONS = ("README.md", "directions.safetensors")  # what may lie beside the weights: the card, and the directions that are known
+COMPANIONS = (
+    "README.md",
+    "directions.safetensors",
+)  # what may lie beside the weights: the card, and the directions that are known
 
 
 def shipped_models() -> dict[str, Path]:
@@ -193,4 +218,6 @@ def notebook_path(name: str) -> Path:
     for folder in (package / "experiments", package.parent / "nbs" / "experiments"):
         if (folder / f"{name}.ipynb").is_file():
             return folder / f"{name}.ipynb"
-    raise FaceVAEError(f"The notebook '{name}.ipynb' is not part of this installation. Install facevae again.")
+    raise FaceVAEError(
+        f"The notebook '{name}.ipynb' is not part of this installation. Install facevae again."
+    )

@@ -22,20 +22,42 @@ from .core import atomic_file
 WITHOUT, WITH = "#a9bccd", "#00558c"
 LOSS_COLORS = tuple(seaborn.color_palette("colorblind").as_hex()[index] for index in (1, 2, 4, 9, 3, 7))
 VIEW_STYLE = {"raw": ("#d55e00", "s"), "composite": ("#56b4e9", "D"), "face": ("#00558c", "o")}
-STYLE = seaborn.axes_style("whitegrid") | {"xtick.bottom": True, "ytick.left": True, "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.axisbelow": True, "axes.grid": True,
-         "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelcolor": "#222222",
-         "ytick.labelcolor": "#222222", "hatch.linewidth": 0.6, "legend.frameon": False, "figure.facecolor": "white",
-         "pdf.fonttype": 42, "text.parse_math": False,  # a name with a $ is a name, not a formula
-          "lines.linewidth": 1.4}
+STYLE = seaborn.axes_style("whitegrid") | {
+    "xtick.bottom": True,
+    "ytick.left": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelcolor": "#222222",
+    "ytick.labelcolor": "#222222",
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "pdf.fonttype": 42,
+    "text.parse_math": False,  # a name with a $ is a name, not a formula
+    "lines.linewidth": 1.4,
+}
 
 
 def styled(function):
     """Run a figure function under the project's style, leaving matplotlib's settings as they were."""
+
     @functools.wraps(function)
     def run(*args, **kwargs):
         with matplotlib.rc_context(STYLE):
             return function(*args, **kwargs)
+
     return run
 
 

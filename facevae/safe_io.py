@@ -13,6 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+
 from .core import FaceVAEError
 
 # %% ../nbs/01_safe_io.ipynb #c0005
@@ -24,7 +30,12 @@ def name_problem(name: str, folders: bool = True) -> str:
     if not name.isprintable():  # line breaks, escape sequences, and bytes that are not UTF-8
         return "its name holds characters that cannot be printed"
     parts = name.split("/")
-    if "\\" in name or any(part in ("", ".", "..") for part in parts) or name[1:2] == ":" or (len(parts) > 1 and not folders):
+    if (
+        "\\" in name
+        or any(part in ("", ".", "..") for part in parts)
+        or name[1:2] == ":"
+        or (len(parts) > 1 and not folders)
+    ):
         return "its name is not a plain relative path"
     if len(name.encode()) > 1000 or any(len(part.encode()) > 200 for part in parts):
         return "its name is too long"
@@ -35,7 +46,9 @@ def inside(folder: str | Path, name: str) -> Path:
     """The path of `name` in `folder`, for writing. Raises FaceVAEError when it leads out of it, by its text or by a link."""
     path, problem = Path(folder) / name, name_problem(name)
     if problem or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise FaceVAEError(f"'{name}' leads out of '{folder}' ({problem or 'it is a link to another place'}). Remove it, or choose another place.")
+        raise FaceVAEError(
+            f"'{name}' leads out of '{folder}' ({problem or 'it is a link to another place'}). Remove it, or choose another place."
+        )
     return path
 
 # %% ../nbs/01_safe_io.ipynb #c0009
@@ -45,7 +58,11 @@ MOST_JSON = 256 * 2**20  # bytes: a manifest that lists a million skipped inputs
 def require_file(path: Path, remedy: str) -> None:
     """Raise FaceVAEError unless `path` is a file. remedy: what the user can do, for the error."""
     if not path.is_file():
-        raise FaceVAEError(f"'{path}' is not a file. {remedy}" if os.path.lexists(path) else f"The file '{path}' is missing. {remedy}")
+        raise FaceVAEError(
+            f"'{path}' is not a file. {remedy}"
+            if os.path.lexists(path)
+            else f"The file '{path}' is missing. {remedy}"
+        )
 
 
 def read_bytes(path: str | Path, most: int, remedy: str = "Copy it again, or make it again.") -> bytes:
@@ -56,13 +73,17 @@ def read_bytes(path: str | Path, most: int, remedy: str = "Copy it again, or mak
         with open(path, "rb") as file:
             data = file.read(most + 1)
     except (OSError, ValueError) as error:
-        raise FaceVAEError(f"The file '{path}' cannot be read ({getattr(error, 'strerror', None) or error}). {remedy}") from None
+        raise FaceVAEError(
+            f"The file '{path}' cannot be read ({getattr(error, 'strerror', None) or error}). {remedy}"
+        ) from None
     if len(data) > most:
         raise FaceVAEError(f"'{path}' is larger than {most:,} bytes, which such a file never is. {remedy}")
     return data
 
 
-def read_object(path: str | Path, remedy: str = "Copy it again, or make it again.", most: int = MOST_JSON) -> dict[str, Any]:
+def read_object(
+    path: str | Path, remedy: str = "Copy it again, or make it again.", most: int = MOST_JSON
+) -> dict[str, Any]:
     """The JSON object that a file holds. remedy: what the user can do, for the error.
 
     Raises FaceVAEError when it is missing, not whole, not UTF-8, too large, too deeply nested, or no object.
@@ -77,7 +98,13 @@ def read_object(path: str | Path, remedy: str = "Copy it again, or make it again
     return value
 
 # %% ../nbs/01_safe_io.ipynb #c0013
-NUMBER, TEXT, TEXTS, TRUTH, OBJECT = "a finite number", "a text", "a list of texts", "true or false", "an object"
+NUMBER, TEXT, TEXTS, TRUTH, OBJECT = (
+    "a finite number",
+    "a text",
+    "a list of texts",
+    "true or false",
+    "an object",
+)
 
 
 def mistyped(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, str]:
@@ -85,32 +112,27 @@ def mistyped(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, s
 
     kinds: NUMBER, TEXT, TEXTS, TRUTH or OBJECT by key.
     """
+
     def fits(value: Any, kind: str) -> bool:
         if kind == NUMBER:  # beyond 1e15 nothing here is counted, and integers may have any number of digits
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e15  # NaN is not
+            return (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e15
+            )  # NaN is not
         if kind == TEXTS:
             return isinstance(value, list) and all(isinstance(text, str) for text in value)
         return isinstance(value, {TEXT: str, TRUTH: bool, OBJECT: dict}[kind])
 
     def shown(value: Any) -> str:
-        text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of many digits"  # which Python refuses to write out
+        text = (
+            repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of many digits"
+        )  # which Python refuses to write out
         return text if len(text) <= 60 else text[:57] + "..."
 
-    return {key: f"{key} is {shown(values[key])} and should be {kind}" for key, kind in kinds.items()
-            if values.get(key) is not None and not fits(values[key], kind)}
-
-# %% ../nbs/01_safe_io.ipynb #c0017
-import json
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as compute
-import pyarrow.parquet as parquet
-
-from .core import FaceVAEError
+    return {
+        key: f"{key} is {shown(values[key])} and should be {kind}"
+        for key, kind in kinds.items()
+        if values.get(key) is not None and not fits(values[key], kind)
+    }
 
 # %% ../nbs/01_safe_io.ipynb #c0019
 MOST_CELLS, MOST_TEXT = 400_000_000, 1000
@@ -142,13 +164,22 @@ def _check_columns(file: parquet.ParquetFile, texts: tuple[str, ...]) -> None:
     if not 0 <= rows * len(schema.names) <= MOST_CELLS:
         raise ValueError(f"it claims {rows:,} rows of {len(schema.names):,} columns")
     if lost := [name for name in texts if name not in schema.names]:
-        raise ValueError(f"it has no column '{lost[0]}'; its columns are {', '.join(schema.names[:20])[:200]}")
-    if bad := [name for name in schema.names if not name or not name.isprintable() or len(name) > 200 or schema.names.count(name) > 1]:
+        raise ValueError(
+            f"it has no column '{lost[0]}'; its columns are {', '.join(schema.names[:20])[:200]}"
+        )
+    if bad := [
+        name
+        for name in schema.names
+        if not name or not name.isprintable() or len(name) > 200 or schema.names.count(name) > 1
+    ]:
         raise ValueError(f"the column name {bad[0][:100]!r} is not allowed, or occurs twice")
     for field in schema:
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        allowed = (pa.types.is_string(kind) or pa.types.is_large_string(kind)) if field.name in texts else (
-            pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        allowed = (
+            (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+            if field.name in texts
+            else (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        )
         if not allowed:
             raise ValueError(f"the column '{field.name}' holds {field.type}")
 
@@ -160,11 +191,25 @@ def _unfold(table: pa.Table, texts: tuple[str, ...]) -> pd.DataFrame:
         if name not in texts:
             columns[name] = table[name].to_pandas()
             continue
-        chunks = [chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode() for chunk in table[name].chunks]
-        longest = max((compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0 for chunk in chunks if len(chunk.dictionary)), default=0)
+        chunks = [
+            chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            for chunk in table[name].chunks
+        ]
+        longest = max(
+            (
+                compute.max(compute.binary_length(chunk.dictionary)).as_py() or 0
+                for chunk in chunks
+                if len(chunk.dictionary)
+            ),
+            default=0,
+        )
         if table[name].null_count or longest > MOST_TEXT:
             raise ValueError(f"the column '{name}' has empty fields, or texts longer than {MOST_TEXT} bytes")
-        values = [np.array(chunk.dictionary.to_pylist(), dtype=object)[chunk.indices.to_numpy()] for chunk in chunks if len(chunk)]
+        values = [
+            np.array(chunk.dictionary.to_pylist(), dtype=object)[chunk.indices.to_numpy()]
+            for chunk in chunks
+            if len(chunk)
+        ]
         columns[name] = np.concatenate(values) if values else np.empty(0, dtype=object)
     return pd.DataFrame(columns)
 

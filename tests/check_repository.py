@@ -2,6 +2,7 @@
 
 Run as a program it prints what is wrong and leaves with code 1; --write-readme renders README.md from index.ipynb first.
 """
+
 import ast
 import configparser
 import json
@@ -26,7 +27,9 @@ def read(path: Path) -> dict:
 
 
 def run(*command, cwd) -> None:
-    done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
 
@@ -34,7 +37,11 @@ def run(*command, cwd) -> None:
 def copy_of_sources(folder: str) -> Path:
     """The sources alone, so that a check never changes the tree it looks at."""
     target = Path(folder) / "copy"
-    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build"))
+    shutil.copytree(
+        ROOT,
+        target,
+        ignore=shutil.ignore_patterns(".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build"),
+    )
     return target
 
 
@@ -59,8 +66,12 @@ def library_is_exported():
             mine, fresh = (where / "facevae" / path for where in (ROOT, copy))
             if not mine.exists() or not fresh.exists() or mine.read_text() != fresh.read_text():
                 yield f"facevae/{path} is not what the notebooks export: run nbdev_export"
-        exported = {re.sub(r".*default_exp\s+(\w+).*", r"\1", source(cell), flags=re.S) for path in NOTEBOOKS
-                    for cell in read(path)["cells"] if source(cell).startswith("#| default_exp")}
+        exported = {
+            re.sub(r".*default_exp\s+(\w+).*", r"\1", source(cell), flags=re.S)
+            for path in NOTEBOOKS
+            for cell in read(path)["cells"]
+            if source(cell).startswith("#| default_exp")
+        }
         for path in (ROOT / "facevae").glob("*.py"):
             if path.stem not in exported | {"__init__", "_modidx"}:
                 yield f"facevae/{path.name} has no notebook: delete it"
@@ -69,6 +80,7 @@ def library_is_exported():
 def rendered_readme() -> str:
     """index.ipynb as Markdown, with the paths of pictures and notebooks made relative to the top."""
     from nbconvert import MarkdownExporter
+
     text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
     text = re.sub(r'(src="|\]\()(images/|tutorials/|\w+\.ipynb)', r"\1nbs/\2", text)
     text = text.replace("](../", "](")
@@ -112,8 +124,11 @@ def imports_go_downwards():
                 continue
             code = "\n".join(line for line in source(cell).splitlines() if not line.startswith(("%", "!")))
             for node in ast.walk(ast.parse(code)):
-                modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else (
-                    [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+                modules = (
+                    [node.module]
+                    if isinstance(node, ast.ImportFrom) and node.module
+                    else ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+                )
                 for module in modules:
                     name = module.removeprefix("facevae.")
                     if module.startswith("facevae.") and order.get(name, -1) > position:
@@ -130,28 +145,79 @@ def parameters_are_tagged():
 
 
 # What runs code that stands in a file, or can be made to: by module, by function, by argument.
-EXECUTING_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code", "codeop", "yaml"}
-EXECUTING_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "torch.jit.load", "torch.package", "torch.hub.load", "os.system", "os.popen",
-                   "pd.read_pickle", "pandas.read_pickle", "np.fromregex", "numpy.fromregex", "np.lib.format.read_array", "pd.eval", "tempfile.mktemp"}
+EXECUTING_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "runpy",
+    "code",
+    "codeop",
+    "yaml",
+}
+EXECUTING_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "breakpoint",
+    "torch.jit.load",
+    "torch.package",
+    "torch.hub.load",
+    "os.system",
+    "os.popen",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+    "np.fromregex",
+    "numpy.fromregex",
+    "np.lib.format.read_array",
+    "pd.eval",
+    "tempfile.mktemp",
+}
 EXECUTING_METHODS = {"to_pickle", "read_pickle", "query"}
-SAFE_ARGUMENTS = {"np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False), "jinja2.Environment": ("autoescape", True), "jinja2.Template": ("autoescape", True),
-                  "torch.load": ("weights_only", True)}
+SAFE_ARGUMENTS = {
+    "np.load": ("allow_pickle", False),
+    "numpy.load": ("allow_pickle", False),
+    "jinja2.Environment": ("autoescape", True),
+    "jinja2.Template": ("autoescape", True),
+    "torch.load": ("weights_only", True),
+}
 
 
 def executing(source: str):
     """What in a Python source may run code from a file: (line, what)."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from ((node.lineno, f"imports {module}") for module in modules if module.split(".")[0] in EXECUTING_MODULES)
+            modules = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+            yield from (
+                (node.lineno, f"imports {module}")
+                for module in modules
+                if module.split(".")[0] in EXECUTING_MODULES
+            )
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             arguments = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
             if name in EXECUTING_CALLS or name.rpartition(".")[2] in EXECUTING_METHODS:
                 yield node.lineno, f"calls {name}"
-            if name in SAFE_ARGUMENTS and arguments.get(SAFE_ARGUMENTS[name][0]) is not SAFE_ARGUMENTS[name][1]:
+            if (
+                name in SAFE_ARGUMENTS
+                and arguments.get(SAFE_ARGUMENTS[name][0]) is not SAFE_ARGUMENTS[name][1]
+            ):
                 yield node.lineno, f"calls {name} without {SAFE_ARGUMENTS[name][0]}={SAFE_ARGUMENTS[name][1]}"
-            for argument, bad in (("allow_pickle", True), ("shell", True), ("weights_only", False), ("trust_remote_code", True)):
+            for argument, bad in (
+                ("allow_pickle", True),
+                ("shell", True),
+                ("weights_only", False),
+                ("trust_remote_code", True),
+            ):
                 if arguments.get(argument) is bad:
                     yield node.lineno, f"calls {name} with {argument}={bad}"
 
@@ -163,8 +229,15 @@ def nothing_executes_files():
             yield f"facevae/{path.name}:{line} {what}, which may run code from a file"
 
 
-CHECKS = (notebooks_are_clean, library_is_exported, readme_is_rendered, environment_names_the_requirements,
-          imports_go_downwards, parameters_are_tagged, nothing_executes_files)
+CHECKS = (
+    notebooks_are_clean,
+    library_is_exported,
+    readme_is_rendered,
+    environment_names_the_requirements,
+    imports_go_downwards,
+    parameters_are_tagged,
+    nothing_executes_files,
+)
 
 if __name__ == "__main__":
     if "--write-readme" in sys.argv:

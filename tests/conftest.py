@@ -1,4 +1,5 @@
 """Fixtures that several test files share: a small store, and the command as a user runs it."""
+
 import contextlib
 import io
 import os
@@ -15,8 +16,26 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small enough that a run takes seconds, and still every stage of the real thing.
-TINY = ["--set", "steps=8", "--set", "width=0.1", "--set", "latent_dim=8", "--set", "batch_size=8", "--set", "log_every=1",
-        "--set", "validate_every=4", "--set", "checkpoint_every=2", "--set", "val_images=8", "--set", "test_images=8"]
+TINY = [
+    "--set",
+    "steps=8",
+    "--set",
+    "width=0.1",
+    "--set",
+    "latent_dim=8",
+    "--set",
+    "batch_size=8",
+    "--set",
+    "log_every=1",
+    "--set",
+    "validate_every=4",
+    "--set",
+    "checkpoint_every=2",
+    "--set",
+    "val_images=8",
+    "--set",
+    "test_images=8",
+]
 
 
 def pytest_addoption(parser):
@@ -40,22 +59,33 @@ COUNTS = {"faults": 0, "runs": 0, "differences": 0}
 @pytest.fixture
 def tally(record_property):
     """Counts faults injected, runs completed and differences found, for the test's record and the summary of all."""
+
     def count(**numbers):
         for name, number in numbers.items():
             COUNTS[name] += number
             record_property(name, number)
+
     return count
 
 
 def pytest_terminal_summary(terminalreporter):
     if COUNTS["faults"]:
-        terminalreporter.write_line("Faults injected: {faults}; runs completed: {runs}; differences found: {differences}".format(**COUNTS))
+        terminalreporter.write_line(
+            "Faults injected: {faults}; runs completed: {runs}; differences found: {differences}".format(
+                **COUNTS
+            )
+        )
 
 
 def facevae(*arguments, cwd=None, check=True, **variables):
     """Run the facevae command; returns the finished process, its output as text."""
-    done = subprocess.run([str(Path(sys.executable).parent / "facevae"), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, env=os.environ | {"COLUMNS": "120"} | variables)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "facevae"), *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"COLUMNS": "120"} | variables,
+    )
     if check:
         assert done.returncode == 0, f"facevae {' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}"
     return done
@@ -64,9 +94,14 @@ def facevae(*arguments, cwd=None, check=True, **variables):
 def facevae_here(*arguments):
     """Run the facevae command in this process, which spares importing torch again; gives returncode, stdout, stderr."""
     from facevae.cli.app import main
+
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["facevae", *map(str, arguments)]), mock.patch.dict(os.environ, {"COLUMNS": "120"}), \
-            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", ["facevae", *map(str, arguments)]),
+        mock.patch.dict(os.environ, {"COLUMNS": "120"}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             main()
             code = 0

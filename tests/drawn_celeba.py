@@ -1,4 +1,5 @@
 """CelebA and CelebAMask-HQ in every layout in which they go about, made of drawn faces."""
+
 import json
 import zipfile
 from pathlib import Path
@@ -10,10 +11,12 @@ from PIL import Image
 from facevae.data.labels import CLASSES, SCHEMES
 from facevae.synthetic.render import draw_faces
 
-ATTRIBUTES = ("5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows "
-              "Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face "
-              "Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick "
-              "Wearing_Necklace Wearing_Necktie Young").split()
+ATTRIBUTES = (
+    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows "
+    "Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face "
+    "Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick "
+    "Wearing_Necklace Wearing_Necktie Young"
+).split()
 RECORD = {"scheme": "face-parsing", "parser": "drawn", "weights_sha256": "00" * 32}
 
 
@@ -41,11 +44,17 @@ def list_text(names, values) -> str:
 def write_tables(faces: Faces, attributes: Path, partition: Path, order=None) -> None:
     """The two tables, as lists or as CSV files. order: of the rows."""
     order = range(len(faces.names)) if order is None else order
-    names, values, splits = [faces.names[i] for i in order], faces.values[list(order)], faces.splits[list(order)]
+    names, values, splits = (
+        [faces.names[i] for i in order],
+        faces.values[list(order)],
+        faces.splits[list(order)],
+    )
     for path in (attributes, partition):
         path.parent.mkdir(parents=True, exist_ok=True)
     if attributes.suffix == ".csv":
-        pd.DataFrame(values, columns=ATTRIBUTES).assign(image_id=names)[["image_id", *ATTRIBUTES]].to_csv(attributes, index=False)
+        pd.DataFrame(values, columns=ATTRIBUTES).assign(image_id=names)[["image_id", *ATTRIBUTES]].to_csv(
+            attributes, index=False
+        )
         pd.DataFrame({"image_id": names, "partition": splits}).to_csv(partition, index=False)
     else:
         attributes.write_text(list_text(names, values))
@@ -79,7 +88,9 @@ def zip_pictures(folder: Path) -> None:
 
 def official(faces: Faces, root: Path, folder: str = "Img/img_align_celeba", **options) -> Path:
     write_pictures(faces, root / folder)
-    write_tables(faces, root / "Anno" / "list_attr_celeba.txt", root / "Eval" / "list_eval_partition.txt", **options)
+    write_tables(
+        faces, root / "Anno" / "list_attr_celeba.txt", root / "Eval" / "list_eval_partition.txt", **options
+    )
     return root
 
 
@@ -114,8 +125,15 @@ def kaggle_flat(faces: Faces, root: Path) -> Path:
     return kaggle(faces, root, "img_align_celeba")
 
 
-CELEBA = {"official": official, "official, zip": official_zip, "official, twice unpacked": official_twice_unpacked, "torchvision": torchvision,
-          "torchvision, inside": torchvision_folder, "kaggle": kaggle, "kaggle, flat": kaggle_flat}
+CELEBA = {
+    "official": official,
+    "official, zip": official_zip,
+    "official, twice unpacked": official_twice_unpacked,
+    "torchvision": torchvision,
+    "torchvision, inside": torchvision_folder,
+    "kaggle": kaggle,
+    "kaggle, flat": kaggle_flat,
+}
 
 
 def celebamask_hq(faces: Faces, root: Path, order) -> Path:
@@ -124,11 +142,21 @@ def celebamask_hq(faces: Faces, root: Path, order) -> Path:
     for folder in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"):
         (base / folder).mkdir(parents=True)
     for number, i in enumerate(order):
-        Image.fromarray(faces.images[i, 20:198]).resize((356, 356)).save(base / "CelebA-HQ-img" / f"{number}.jpg", quality=90)
+        Image.fromarray(faces.images[i, 20:198]).resize((356, 356)).save(
+            base / "CelebA-HQ-img" / f"{number}.jpg", quality=90
+        )
         for part in SCHEMES["celebamask-hq"][1:]:
             if (inside := faces.labels[i, 20:198] == CLASSES.index(part)).any():
-                Image.fromarray(np.repeat(inside[..., None] * np.uint8(255), 3, 2)).save(base / "CelebAMask-HQ-mask-anno" / "0" / f"{number:05d}_{part}.png")
-    (base / "CelebA-HQ-to-CelebA-mapping.txt").write_text("idx\t\torig_idx\torig_file\n" + "".join(
-        f"{number:<12d}{faces.numbers[i] - 1:<10d}{faces.names[i]}\n" for number, i in enumerate(order)))
-    (base / "CelebAMask-HQ-attribute-anno.txt").write_text(list_text([f"{number}.jpg " for number in range(len(order))], faces.values[list(order)]))
+                Image.fromarray(np.repeat(inside[..., None] * np.uint8(255), 3, 2)).save(
+                    base / "CelebAMask-HQ-mask-anno" / "0" / f"{number:05d}_{part}.png"
+                )
+    (base / "CelebA-HQ-to-CelebA-mapping.txt").write_text(
+        "idx\t\torig_idx\torig_file\n"
+        + "".join(
+            f"{number:<12d}{faces.numbers[i] - 1:<10d}{faces.names[i]}\n" for number, i in enumerate(order)
+        )
+    )
+    (base / "CelebAMask-HQ-attribute-anno.txt").write_text(
+        list_text([f"{number}.jpg " for number in range(len(order))], faces.values[list(order)])
+    )
     return root

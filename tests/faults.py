@@ -1,4 +1,5 @@
 """Faults as they happen, for tests that inject them: processes to kill, runs to watch, and whether two runs ended alike."""
+
 import json
 import os
 import signal
@@ -31,8 +32,13 @@ def sweep_process(store, out, hypotheses, settings=SETTINGS, environment=None, *
     """A sweep without its report, as a process; its output can be read as text."""
     options = {"workers": 2} | options
     arguments = [str(store), str(out), hypotheses, json.dumps(list(settings)), json.dumps(options)]
-    return subprocess.Popen([sys.executable, "-c", SWEEP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | (environment or {}))
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | (environment or {}),
+    )
 
 
 def finished(process: subprocess.Popen, timeout: float = 600) -> str:
@@ -116,10 +122,19 @@ def differences(run: Path, other: Path, metrics: bool = True) -> list[str]:
         mine, theirs = load_file(run / name), load_file(other / name)
         if mine.keys() != theirs.keys() or not all(mine[key].equal(theirs[key]) for key in mine):
             found.append(f"{run}: {name} differs")
-    if metrics and (other / "metrics.parquet").exists() and (run / "metrics.parquet").read_bytes() != (other / "metrics.parquet").read_bytes():
+    if (
+        metrics
+        and (other / "metrics.parquet").exists()
+        and (run / "metrics.parquet").read_bytes() != (other / "metrics.parquet").read_bytes()
+    ):
         found.append(f"{run}: metrics.parquet differs")
-    logs = [[{key: value for key, value in json.loads(line).items() if key != "images_per_second"}
-             for line in (path / "log.jsonl").read_text().splitlines()] for path in (run, other)]
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
+            for line in (path / "log.jsonl").read_text().splitlines()
+        ]
+        for path in (run, other)
+    ]
     if logs[0] != logs[1]:
         found.append(f"{run}: log.jsonl differs")
     if left := [path for path in run.rglob("*") if path.name.endswith((".partial", ".old"))]:

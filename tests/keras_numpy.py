@@ -2,6 +2,7 @@
 
 Weights are named and laid out as Keras saves them; the names count up in the order of creation.
 """
+
 import numpy as np
 from scipy.special import expit
 
@@ -18,12 +19,17 @@ def random_weights(masked: bool, seed: int = 0) -> dict[str, np.ndarray]:
         counts[kind] = index + (name is None)
         name = name or (f"{kind}_{index}" if index else kind)
         if kernel is None:
-            for weight, low, high in (("gamma", .7, 1.3), ("beta", -.2, .2), ("moving_mean", -.2, .2), ("moving_variance", .5, 1.5)):
+            for weight, low, high in (
+                ("gamma", 0.7, 1.3),
+                ("beta", -0.2, 0.2),
+                ("moving_mean", -0.2, 0.2),
+                ("moving_variance", 0.5, 1.5),
+            ):
                 weights[f"{name}/{weight}"] = generator.uniform(low, high, channels).astype("f4")
         else:
             scale = np.sqrt(6 / (np.prod(kernel[:-2]) * sum(kernel[-2:])))
             weights[f"{name}/kernel"] = generator.uniform(-scale, scale, kernel).astype("f4")
-            weights[f"{name}/bias"] = generator.uniform(-.1, .1, channels).astype("f4")
+            weights[f"{name}/bias"] = generator.uniform(-0.1, 0.1, channels).astype("f4")
 
     def conv(inside, outside, name=None):
         add("conv2d", outside, (3, 3, inside, outside), name)
@@ -36,7 +42,10 @@ def random_weights(masked: bool, seed: int = 0) -> dict[str, np.ndarray]:
             inside = outside
     for name in ("dense", "z_mean", "z_logvar"):
         add("dense", 512, (512, 512), name)
-    for widths, channels, head in ((DECODER, 3, "out_image_pre" if masked else "out_image"), ([32] * 7, 1, "out_mask"))[:1 + masked]:
+    for widths, channels, head in (
+        (DECODER, 3, "out_image_pre" if masked else "out_image"),
+        ([32] * 7, 1, "out_mask"),
+    )[: 1 + masked]:
         inside = 512
         for outside in widths:
             add("conv2d_transpose", outside, (3, 3, outside, inside))
@@ -64,7 +73,11 @@ class Network:
         """3x3, stride 1, 'same'."""
         layer, height, width = self.layer("conv2d", name), x.shape[1], x.shape[2]
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        out = sum(padded[:, i:i + height, j:j + width] @ layer["kernel"][i, j] for i in range(3) for j in range(3))
+        out = sum(
+            padded[:, i : i + height, j : j + width] @ layer["kernel"][i, j]
+            for i in range(3)
+            for j in range(3)
+        )
         return out + layer["bias"]
 
     def transposed(self, x, same):
@@ -73,12 +86,14 @@ class Network:
         out = np.zeros((batch, 2 * height + 1, 2 * width + 1, layer["bias"].size), "f4")
         for i in range(3):
             for j in range(3):
-                out[:, i:i + 2 * height:2, j:j + 2 * width:2] += x @ layer["kernel"][i, j].T
-        return (out[:, :2 * height, :2 * width] if same else out) + layer["bias"]
+                out[:, i : i + 2 * height : 2, j : j + 2 * width : 2] += x @ layer["kernel"][i, j].T
+        return (out[:, : 2 * height, : 2 * width] if same else out) + layer["bias"]
 
     def norm_elu(self, x):
         layer = self.layer("batch_normalization")
-        x = (x - layer["moving_mean"]) / np.sqrt(layer["moving_variance"] + 1e-3) * layer["gamma"] + layer["beta"]
+        x = (x - layer["moving_mean"]) / np.sqrt(layer["moving_variance"] + 1e-3) * layer["gamma"] + layer[
+            "beta"
+        ]
         return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
 
     def dense(self, x, name):
@@ -98,7 +113,7 @@ class Network:
             for _ in stage:
                 x = self.norm_elu(self.conv(x))
             half = x.shape[1] // 2
-            x = x[:, :2 * half, :2 * half].reshape(len(x), half, 2, half, 2, -1).max((2, 4))
+            x = x[:, : 2 * half, : 2 * half].reshape(len(x), half, 2, half, 2, -1).max((2, 4))
         x = self.dense(x.reshape(len(x), -1), "dense")
         x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
         mean, log_std = self.dense(x, "z_mean"), self.dense(x, "z_logvar")
@@ -107,13 +122,20 @@ class Network:
         if not masked:
             return {"image": images, "z_mean": mean, "z_log_std": log_std, "out_image": recon}
         mask = self.decode(mean[:, None, None], [32] * 7, "out_mask")
-        return {"image": images, "z_mean": mean, "z_log_std": log_std, "out_image_pre": recon, "out_mask": mask,
-                "out_image": recon * mask + images * (1 - mask)}
+        return {
+            "image": images,
+            "z_mean": mean,
+            "z_log_std": log_std,
+            "out_image_pre": recon,
+            "out_mask": mask,
+            "out_image": recon * mask + images * (1 - mask),
+        }
 
 
 def save_keras(path, weights, interleave=True):
     """Write weights as Keras' save_weights does: a group a layer, and the layers listed in another order than they were made."""
     import h5py
+
     layers = list(dict.fromkeys(key.split("/")[0] for key in weights))
     if interleave:
         layers = sorted(layers, key=lambda name: (len(name), name))

@@ -2,15 +2,28 @@
 
 Tables, figures and the report are tested on it, because only invented numbers have known answers.
 """
+
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-LOSSES = {"ssim+l1": ("H1", "H2"), "l1": ("H3", "H4"), "ssim": ("H5", "H6"), "l2": ("H7", "H8"), "ssim+l2": ("H10", "H9")}
-HYPOTHESES = sorted(({"name": name, "terms": terms, "mask": bool(mask)} for terms, pair in LOSSES.items()
-                     for mask, name in enumerate(pair)), key=lambda h: int(h["name"][1:]))
+LOSSES = {
+    "ssim+l1": ("H1", "H2"),
+    "l1": ("H3", "H4"),
+    "ssim": ("H5", "H6"),
+    "l2": ("H7", "H8"),
+    "ssim+l2": ("H10", "H9"),
+}
+HYPOTHESES = sorted(
+    (
+        {"name": name, "terms": terms, "mask": bool(mask)}
+        for terms, pair in LOSSES.items()
+        for mask, name in enumerate(pair)
+    ),
+    key=lambda h: int(h["name"][1:]),
+)
 WEIGHTS = {"ssim": 1.0, "l1": 4.0, "l2": 100.0, "kl": 1e-3, "mask_bce": 1.0, "mask_dice": 1.0}
 ABSENT = {"lpips": "its backbone weights could not be downloaded (no network)"}
 
@@ -26,15 +39,31 @@ def image_metrics(terms: str, mask: bool, seed: int, images: int, lpips: bool) -
         error *= {"raw": 1.6 if mask else 1.1, "composite": 0.45, "face": 1.0, "predicted": 0.5}[view]
         error *= 0.9 if mask and view != "raw" else 1.0
         error = error * np.exp(0.12 * difficulty + 0.03 * noise.normal(size=images) + 0.01 * noise.normal())
-        structure = 0.46 - 0.07 * ("ssim" in parts) - 0.03 * (mask and view != "raw") + 0.12 * (mask and view == "raw")
-        structure = structure * (0.45 if view in ("composite", "predicted") else 1) * np.exp(0.1 * difficulty
-                                                                                         + 0.03 * noise.normal(size=images))
+        structure = (
+            0.46
+            - 0.07 * ("ssim" in parts)
+            - 0.03 * (mask and view != "raw")
+            + 0.12 * (mask and view == "raw")
+        )
+        structure = (
+            structure
+            * (0.45 if view in ("composite", "predicted") else 1)
+            * np.exp(0.1 * difficulty + 0.03 * noise.normal(size=images))
+        )
         l2 = 1.42 * error
-        row = dict(image=[f"{i:06d}.jpg" for i in range(images)], view=view, ssim=1 - structure, ms_ssim=1 - 0.4 * structure,
-                   vif=0.2 + 0.3 * (1 - structure), l1=error, l2=l2, psnr=-20 * np.log10(l2),
-                   sharpness=0.35 + 0.3 * ("ssim" in parts) + 0.02 * noise.normal(size=images),
-                   delta_e=90 * error * (1.25 if parts == {"ssim"} else 1),
-                   mask_iou=0.9 - 0.02 * np.abs(difficulty) if view == "predicted" else np.nan)
+        row = dict(
+            image=[f"{i:06d}.jpg" for i in range(images)],
+            view=view,
+            ssim=1 - structure,
+            ms_ssim=1 - 0.4 * structure,
+            vif=0.2 + 0.3 * (1 - structure),
+            l1=error,
+            l2=l2,
+            psnr=-20 * np.log10(l2),
+            sharpness=0.35 + 0.3 * ("ssim" in parts) + 0.02 * noise.normal(size=images),
+            delta_e=90 * error * (1.25 if parts == {"ssim"} else 1),
+            mask_iou=0.9 - 0.02 * np.abs(difficulty) if view == "predicted" else np.nan,
+        )
         if lpips:
             row["lpips"] = 0.5 * structure
         rows.append(pd.DataFrame(row))
@@ -53,10 +82,19 @@ def log_lines(terms: str, mask: bool, seed: int, steps: int) -> list[str]:
     for step in range(10, steps + 1, 10):
         done = 1 - np.exp(-4 * step / steps)
         for kind in ("train", "validation")[: 2 if step % 50 == 0 else 1]:
-            raw = {n: (start.get(n, 1) + (end.get(n, 0.2) - start.get(n, 1)) * done)
-                   * (1 + (0.03 if kind == "train" else 0.005) * noise.normal()) for n in names}
+            raw = {
+                n: (start.get(n, 1) + (end.get(n, 0.2) - start.get(n, 1)) * done)
+                * (1 + (0.03 if kind == "train" else 0.005) * noise.normal())
+                for n in names
+            }
             weighted = {n: WEIGHTS.get(n, 1.0) * v for n, v in raw.items()}
-            line = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted}
+            line = {
+                "kind": kind,
+                "step": step,
+                "loss": sum(weighted.values()),
+                "raw": raw,
+                "weighted": weighted,
+            }
             if kind == "train":
                 line["images_per_second"] = 95 + 5 * noise.normal()
             lines.append(json.dumps(line))
@@ -67,35 +105,85 @@ def latents(terms: str, mask: bool, seed: int, dimensions: int = 64) -> pd.DataF
     """Invented use of latent dimensions: sums of losses use more of them."""
     noise = np.random.default_rng([seed, mask, sum(map(ord, terms))])
     used = 18 + 9 * len(terms.split("+")) + 4 * mask
-    variance = noise.permutation(1 / (1 + np.exp((np.arange(dimensions) - used + noise.normal()) / 2.5)) * 0.98 + 1e-5)
-    return pd.DataFrame({"dimension": np.arange(dimensions), "kl": -0.5 * np.log(1 - variance), "mean_variance": variance, "noise": 1 - variance,
-                         "active": (variance > 0.01).astype(np.int64)})
+    variance = noise.permutation(
+        1 / (1 + np.exp((np.arange(dimensions) - used + noise.normal()) / 2.5)) * 0.98 + 1e-5
+    )
+    return pd.DataFrame(
+        {
+            "dimension": np.arange(dimensions),
+            "kl": -0.5 * np.log(1 - variance),
+            "mean_variance": variance,
+            "noise": 1 - variance,
+            "active": (variance > 0.01).astype(np.int64),
+        }
+    )
 
 
-def write_run(folder: Path, name: str, terms: str, mask: bool, seed: int, images: int = 24, steps: int = 400,
-              lpips: bool = False,
-              size: int = 72) -> Path:
+def write_run(
+    folder: Path,
+    name: str,
+    terms: str,
+    mask: bool,
+    seed: int,
+    images: int = 24,
+    steps: int = 400,
+    lpips: bool = False,
+    size: int = 72,
+) -> Path:
     """A finished run's directory."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"hypothesis": name, "terms": terms, "mask": mask, "seed": seed, "size": size, "width": 0.25, "batch_size": 16, "steps": steps}
+    config = {
+        "hypothesis": name,
+        "terms": terms,
+        "mask": mask,
+        "seed": seed,
+        "size": size,
+        "width": 0.25,
+        "batch_size": 16,
+        "steps": steps,
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "status.json").write_text(json.dumps(
-        {"state": "done", "step": steps, "steps": steps, "seconds": 40.0 + seed,
-         "device": "CPU, 2 threads", "versions": {"facevae": "0.1.0", "torch": "2.11.0"}}))
+    (folder / "status.json").write_text(
+        json.dumps(
+            {
+                "state": "done",
+                "step": steps,
+                "steps": steps,
+                "seconds": 40.0 + seed,
+                "device": "CPU, 2 threads",
+                "versions": {"facevae": "0.1.0", "torch": "2.11.0"},
+            }
+        )
+    )
     (folder / "log.jsonl").write_text("\n".join(log_lines(terms, mask, seed, steps)) + "\n")
     image_metrics(terms, mask, seed, images, lpips).to_parquet(folder / "metrics.parquet")
     latents(terms, mask, seed).to_parquet(folder / "latents.parquet", index=False)
     return folder
 
 
-def make_sweep(path: Path, hypotheses: list[dict] = HYPOTHESES, seeds=(0, 1), failed=("H4", 1), missing=("H7", 1),
-               **options) -> Path:
+def make_sweep(
+    path: Path,
+    hypotheses: list[dict] = HYPOTHESES,
+    seeds=(0, 1),
+    failed=("H4", 1),
+    missing=("H7", 1),
+    **options,
+) -> Path:
     """A sweep directory with every hypothesis and seed, but one run that failed and one that was never started."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "sweep.json").write_text(json.dumps({"hypotheses": list(hypotheses), "seeds": list(seeds), "preset": "quick",
-                                                 "data": "stores/madeup", "settings": {"steps": 400, "width": 0.25},
-                                                 "data_source": {"kind": "synthetic", "count": 240, "seed": 0, "size": 72}}))
+    (path / "sweep.json").write_text(
+        json.dumps(
+            {
+                "hypotheses": list(hypotheses),
+                "seeds": list(seeds),
+                "preset": "quick",
+                "data": "stores/madeup",
+                "settings": {"steps": 400, "width": 0.25},
+                "data_source": {"kind": "synthetic", "count": 240, "seed": 0, "size": 72},
+            }
+        )
+    )
     for asked in hypotheses:
         for seed in seeds:
             folder = path / asked["name"] / f"seed{seed}"
@@ -104,9 +192,17 @@ def make_sweep(path: Path, hypotheses: list[dict] = HYPOTHESES, seeds=(0, 1), fa
             write_run(folder, asked["name"], asked["terms"], asked["mask"], seed, **options)
             if (asked["name"], seed) == failed:
                 (folder / "metrics.parquet").unlink()
-                (folder / "status.json").write_text(json.dumps(
-                    {"state": "failed", "step": 130, "steps": 400, "seconds": 14.0,
-                     "error": "The loss term 'l1' became nan at step 130. Lower the learning rate."}))
+                (folder / "status.json").write_text(
+                    json.dumps(
+                        {
+                            "state": "failed",
+                            "step": 130,
+                            "steps": 400,
+                            "seconds": 14.0,
+                            "error": "The loss term 'l1' became nan at step 130. Lower the learning rate.",
+                        }
+                    )
+                )
     return path
 
 
@@ -114,17 +210,33 @@ def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict
     """Discs for faces, as every finished hypothesis would draw them: what `visual_comparison` takes."""
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij"), -1)
-    mask = np.stack([1 / (1 + np.exp(20 * (np.hypot(*((grid - rng.normal(0, 0.1, 2)) / (0.8, 0.6)).transpose(2, 0, 1)) - 1)))
-                     for _ in range(count)])
+    mask = np.stack(
+        [
+            1
+            / (
+                1
+                + np.exp(
+                    20 * (np.hypot(*((grid - rng.normal(0, 0.1, 2)) / (0.8, 0.6)).transpose(2, 0, 1)) - 1)
+                )
+            )
+            for _ in range(count)
+        ]
+    )
     faces = rng.uniform(0.4, 0.9, (count, 1, 1, 3)) * (1 - 0.3 * grid[None, ..., :1])
-    original = mask[..., None] * faces + (1 - mask[..., None]) * (0.5 + 0.4 * np.sin(9 * grid.sum(-1) * rng.uniform(0.5, 1, (count, 1, 1))))[..., None]
+    original = (
+        mask[..., None] * faces
+        + (1 - mask[..., None])
+        * (0.5 + 0.4 * np.sin(9 * grid.sum(-1) * rng.uniform(0.5, 1, (count, 1, 1))))[..., None]
+    )
     original = original.clip(0, 1)
     samples = {"original": original, "mask": mask, "recon": {}, "predicted": {}, "predicted_mask": {}}
     for row in cells[cells.state == "done"].drop_duplicates("hypothesis").itertuples():
         blur = np.clip(faces * mask[..., None] + 0.5 * (1 - mask[..., None]), 0, 1)
         samples["recon"][row.hypothesis] = blur
         if row.mask:
-            soft = mask ** 0.8
+            soft = mask**0.8
             samples["predicted_mask"][row.hypothesis] = soft
-            samples["predicted"][row.hypothesis] = np.clip(blur * soft[..., None] + original * (1 - soft[..., None]), 0, 1)
+            samples["predicted"][row.hypothesis] = np.clip(
+                blur * soft[..., None] + original * (1 - soft[..., None]), 0, 1
+            )
     return samples

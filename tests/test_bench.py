@@ -1,4 +1,5 @@
 """`facevae bench` at a tiny scale: every row is there, rates are numbers, ratios are their quotients; mistypes are answered."""
+
 import json
 import math
 import re
@@ -7,12 +8,23 @@ import pytest
 import torch
 from conftest import facevae_here
 
+from facevae.bench.baseline import PlainVAE, plain_losses
 from facevae.config import make_config
 from facevae.model.losses import loss_terms, weigh
 from facevae.model.vae import FaceVAE
-from facevae.bench.baseline import PlainVAE, plain_losses
 
-SMALL = ["--seconds", "1", "--set", "size=36", "--set", "width=0.1", "--set", "latent_dim=8", "--set", "batch_size=8"]
+SMALL = [
+    "--seconds",
+    "1",
+    "--set",
+    "size=36",
+    "--set",
+    "width=0.1",
+    "--set",
+    "latent_dim=8",
+    "--set",
+    "batch_size=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +38,28 @@ def result(tmp_path_factory):
 
 def test_every_measurement_has_a_row_with_a_rate(result):
     found, _ = result
-    assert {row["measurement"] for row in found["rows"]} == {"reference", "step", "resident", "evaluation", "packing", "drawing"}
+    assert {row["measurement"] for row in found["rows"]} == {
+        "reference",
+        "step",
+        "resident",
+        "evaluation",
+        "packing",
+        "drawing",
+    }
     assert {"fp32"} <= {row["precision"] for row in found["rows"] if row["measurement"] == "step"}
     for row in found["rows"]:
-        assert math.isfinite(row["images_per_second"]) and 0 < row["slowest"] <= row["images_per_second"] <= row["fastest"], row
+        assert (
+            math.isfinite(row["images_per_second"])
+            and 0 < row["slowest"] <= row["images_per_second"] <= row["fastest"]
+        ), row
         assert row["peak_memory_mb"] >= 0 and row["turns"] >= 2 and row["memory_kind"]
 
 
 def test_ratios_are_quotients_of_rates(result):
     found, _ = result
-    rates = {row["measurement"]: row["images_per_second"] for row in found["rows"] if row["measurement"] != "step"}
+    rates = {
+        row["measurement"]: row["images_per_second"] for row in found["rows"] if row["measurement"] != "step"
+    }
     usual = next(row for row in found["rows"] if row["usual"])["images_per_second"]
     for row in found["rows"]:
         if row["measurement"] in ("step", "resident", "reference"):
@@ -51,9 +75,14 @@ def test_ratios_are_quotients_of_rates(result):
 def test_the_bound_the_machine_and_what_is_missing_are_told(result):
     found, text = result
     roofline = found["roofline"]["quick"]
-    assert roofline["reached"] == pytest.approx(roofline["bound_ms"] / roofline["step_ms"]) and 0 < roofline["reached"]
+    assert (
+        roofline["reached"] == pytest.approx(roofline["bound_ms"] / roofline["step_ms"])
+        and 0 < roofline["reached"]
+    )
     assert {"convolution", "loss", "optimiser", "input"} <= {kind["kind"] for kind in roofline["kinds"]}
-    assert {"device", "processor", "cores", "threads", "torch", "torchvision", "python"} <= set(found["machine"])
+    assert {"device", "processor", "cores", "threads", "torch", "torchvision", "python"} <= set(
+        found["machine"]
+    )
     assert found["configs"]["quick"]["hypothesis"] == "H9" and found["configs"]["quick"]["size"] == 36
     assert found["opening"]["pictures"] == 200_000 and found["opening"]["seconds"] < 1
     assert "plain loop" in text and "of the bound reached" in text
@@ -70,16 +99,25 @@ def test_the_plain_loop_computes_what_the_library_computes():
     out, plain_out = vae(images, noise=noise, sample=True), plain(images, noise)
     for mine, other in zip(out, plain_out):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
-    ours, theirs = weigh(loss_terms(out, images, mask, ("ssim", "l2")), config.weights), plain_losses(plain_out, images, mask)
+    ours, theirs = (
+        weigh(loss_terms(out, images, mask, ("ssim", "l2")), config.weights),
+        plain_losses(plain_out, images, mask),
+    )
     assert set(ours) == set(theirs)
     for name in ours:
         assert ours[name].item() == pytest.approx(theirs[name].item(), rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["--only", "stepp"], "Did you mean 'step'?"), (["--recipes", "quik"], "Did you mean 'quick'?"), (["--set", "sizze=36"], "Did you mean 'size'?"),
-    (["--out", "result.txt"], "result.json"), (["--seconds", "-1"], "--seconds"),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--only", "stepp"], "Did you mean 'step'?"),
+        (["--recipes", "quik"], "Did you mean 'quick'?"),
+        (["--set", "sizze=36"], "Did you mean 'size'?"),
+        (["--out", "result.txt"], "result.json"),
+        (["--seconds", "-1"], "--seconds"),
+    ],
+)
 def test_mistypes_are_answered_before_anything_starts(options, expected):
     done = facevae_here("bench", *options)
     assert done.returncode and expected in re.sub(r"\s+", " ", done.stderr), done.stderr

@@ -1,4 +1,5 @@
 """CelebA and CelebAMask-HQ from every layout to a store; and what is said when something is missing, damaged or not as published."""
+
 import json
 import os
 import re
@@ -18,16 +19,15 @@ from drawn_celeba import ATTRIBUTES, RECORD, Faces
 from PIL import Image
 
 from facevae import celeba as published_celeba
-from facevae.data.celeba_files import COUNT, LAST
-from facevae.core import FaceVAEError
 from facevae.config import make_config
+from facevae.core import FaceVAEError
+from facevae.data.celeba import CelebASource
+from facevae.data.celeba_files import COUNT, LAST
 from facevae.data.packing import Faces as Packed
+from facevae.data.packing import pack
+from facevae.data.store import FaceStore
 from facevae.parsing.bisenet import BiSeNet
 from facevae.training.run import RunDirectory
-from facevae.data.celeba import CelebASource
-from facevae.data.celeba import CelebAMaskHQSource
-from facevae.data.store import FaceStore
-from facevae.data.packing import pack
 
 SIZE = 36
 
@@ -57,13 +57,27 @@ def celeba(faces, labels, tmp_path):
 
 
 def command(root, *options, labels=None):
-    return ["pack", "celeba", "--root", root, "--labels", labels or root.parent / "labels", "--size", SIZE, "--out", root.parent / "store", *options]
+    return [
+        "pack",
+        "celeba",
+        "--root",
+        root,
+        "--labels",
+        labels or root.parent / "labels",
+        "--size",
+        SIZE,
+        "--out",
+        root.parent / "store",
+        *options,
+    ]
 
 
 def refused(*arguments) -> str:
     """What a command that must fail says, in one paragraph; it leaves no store."""
     done = facevae_here(*arguments)
-    assert done.returncode and "facevae: " in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert done.returncode and "facevae: " in done.stderr and "Traceback" not in done.stderr, (
+        done.stdout + done.stderr
+    )
     out = arguments[[str(argument) for argument in arguments].index("--out") + 1]
     assert not out.exists() and not list(out.parent.glob(".store*"))
     return re.sub(r"\s+", " ", done.stderr)
@@ -74,17 +88,28 @@ def test_every_layout_gives_the_same_store(layout, faces, labels, packed, tmp_pa
     root = drawn_celeba.CELEBA[layout](faces, tmp_path / "celeba")
     done = facevae_here(*command(root, "--allow-subset", labels=labels))
     assert done.returncode == 0, done.stderr
-    assert f"CelebA in the {layout.partition(',')[0]} layout" in done.stderr and "24 faces of 36 x 36 pixels (8 train, 8 val, 8 test)" in done.stdout
+    assert (
+        f"CelebA in the {layout.partition(',')[0]} layout" in done.stderr
+        and "24 faces of 36 x 36 pixels (8 train, 8 val, 8 test)" in done.stdout
+    )
     store = FaceStore(tmp_path / "store").verify()
     assert store.fingerprint == packed.fingerprint
-    assert store.manifest.source["layout"] == layout.partition(",")[0] and store.manifest.source["parsing"] == RECORD
+    assert (
+        store.manifest.source["layout"] == layout.partition(",")[0]
+        and store.manifest.source["parsing"] == RECORD
+    )
 
 
 def test_a_store_is_what_the_faces_are(faces, packed):
     assert list(packed.index["name"]) == faces.names and list(packed.attributes) == ATTRIBUTES
     assert (packed.attributes.to_numpy() == (faces.values == 1)).all()
     assert (packed.index["split"] == np.array(["train", "val", "test"])[faces.splits]).all()
-    small = np.stack([np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for image in faces.images]).astype(int)
+    small = np.stack(
+        [
+            np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+            for image in faces.images
+        ]
+    ).astype(int)
     assert np.abs(packed.images - small).mean() < 3
     rows, columns = (((np.arange(SIZE) + 0.5) * length / SIZE).astype(int) for length in (218, 178))
     assert (packed.labels == faces.labels[:, rows[:, None], columns]).all()
@@ -93,7 +118,12 @@ def test_a_store_is_what_the_faces_are(faces, packed):
 def test_rows_belong_to_names_not_to_places(faces, labels, packed, tmp_path):
     order = np.random.default_rng(1).permutation(len(faces.names)).tolist()
     root = drawn_celeba.official(faces, tmp_path / "celeba", order=order)
-    assert pack(CelebASource(root, labels, SIZE, allow_subset=True), tmp_path / "store", progress=False).fingerprint == packed.fingerprint
+    assert (
+        pack(
+            CelebASource(root, labels, SIZE, allow_subset=True), tmp_path / "store", progress=False
+        ).fingerprint
+        == packed.fingerprint
+    )
 
 
 @pytest.mark.parametrize("below", ["img_align_celeba", "Img/img_align_celeba", "celeba/Img/img_align_celeba"])
@@ -103,7 +133,11 @@ def test_labels_of_a_folder_further_up(below, faces, packed, celeba):
     place.parent.mkdir(parents=True)
     shutil.move(celeba.parent / "labels", place)
     shutil.move(place / "parsing.json", celeba.parent / "parsed")
-    store = pack(CelebASource(celeba, celeba.parent / "parsed", SIZE, allow_subset=True), celeba.parent / "store", progress=False)
+    store = pack(
+        CelebASource(celeba, celeba.parent / "parsed", SIZE, allow_subset=True),
+        celeba.parent / "store",
+        progress=False,
+    )
     assert store.fingerprint == packed.fingerprint
 
 
@@ -112,7 +146,11 @@ def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
     config = make_config("H9", overrides={"size": SIZE})
     with RunDirectory(tmp_path / "run").claim(config, packed) as run:
         record = json.loads((run.path / "config.json").read_text())
-    assert record["data_source"]["parsing"] == RECORD and record["label_scheme"] == "face-parsing" and record["data_source"]["kind"] == "celeba"
+    assert (
+        record["data_source"]["parsing"] == RECORD
+        and record["label_scheme"] == "face-parsing"
+        and record["data_source"]["kind"] == "celeba"
+    )
     moved = shutil.copytree(packed.path, tmp_path / "moved")
     manifest = json.loads((moved / "manifest.json").read_text())
     manifest["source"]["root"] = "/elsewhere"
@@ -121,19 +159,39 @@ def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
         assert json.loads((run.path / "config.json").read_text())["data_source"]["root"] == "/elsewhere"
 
 
-@pytest.mark.parametrize("name, expected", [("Anno/list_attr_celeba.txt", "lacks the attributes (looked for"), ("Eval/list_eval_partition.txt", "lacks the partition (looked for"),
-                                            ("Img/img_align_celeba", "lacks the pictures (looked for")])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("Anno/list_attr_celeba.txt", "lacks the attributes (looked for"),
+        ("Eval/list_eval_partition.txt", "lacks the partition (looked for"),
+        ("Img/img_align_celeba", "lacks the pictures (looked for"),
+    ],
+)
 def test_a_missing_part(name, expected, celeba):
     (celeba / name).rename(celeba / "elsewhere")
     said = refused(*command(celeba, "--allow-subset"))
-    assert "looks like the official layout" in said and expected in said and str(celeba / name) in said and "--download" in said
+    assert (
+        "looks like the official layout" in said
+        and expected in said
+        and str(celeba / name) in said
+        and "--download" in said
+    )
 
 
-@pytest.mark.parametrize("kept, expected", [(100_000, "cut short or damaged"), (0, "is not a whole zip file"), (None, "it is a web page, which a host sends when it refuses")])
+@pytest.mark.parametrize(
+    "kept, expected",
+    [
+        (100_000, "cut short or damaged"),
+        (0, "is not a whole zip file"),
+        (None, "it is a web page, which a host sends when it refuses"),
+    ],
+)
 def test_a_truncated_or_refused_zip(kept, expected, faces, celeba):
     drawn_celeba.zip_pictures(celeba / "Img" / "img_align_celeba")
     path = celeba / "Img" / "img_align_celeba.zip"
-    path.write_bytes(b"<!DOCTYPE html><html>Quota exceeded</html>" if kept is None else path.read_bytes()[:kept])
+    path.write_bytes(
+        b"<!DOCTYPE html><html>Quota exceeded</html>" if kept is None else path.read_bytes()[:kept]
+    )
     said = refused(*command(celeba, "--allow-subset"))
     assert expected in said and "img_align_celeba.zip" in said and "Fetch it again" in said
 
@@ -147,7 +205,11 @@ def test_a_damaged_picture_in_a_zip_is_skipped_by_name(faces, celeba):
     data[place + 200] ^= 0xFF
     path.write_bytes(data)
     done = facevae_here(*command(celeba, "--allow-subset", "--max-bad", 0.1))
-    assert done.returncode == 0 and "162771.jpg: damaged in the zip file" in done.stderr and "23 faces" in done.stdout
+    assert (
+        done.returncode == 0
+        and "162771.jpg: damaged in the zip file" in done.stderr
+        and "23 faces" in done.stdout
+    )
 
 
 def test_masks_missing_or_of_the_wrong_size(celeba):
@@ -155,18 +217,33 @@ def test_masks_missing_or_of_the_wrong_size(celeba):
     (labels / "000003.png").unlink()
     Image.fromarray(np.zeros((218, 170), np.uint8)).save(labels / "182640.png")
     said = refused(*command(celeba, "--allow-subset"))
-    assert "000003.jpg: no label map: facevae parse-masks makes it in" in said and "goes on where it stopped" in said
-    assert "182640.jpg: the label map has another size than its picture: 170 x 218, and the picture is 178 x 218" in said and "--max-bad" in said
+    assert (
+        "000003.jpg: no label map: facevae parse-masks makes it in" in said
+        and "goes on where it stopped" in said
+    )
+    assert (
+        "182640.jpg: the label map has another size than its picture: 170 x 218, and the picture is 178 x 218"
+        in said
+        and "--max-bad" in said
+    )
     assert "22 faces" in facevae_here(*command(celeba, "--allow-subset", "--max-bad", 0.1)).stdout
     source = json.loads((celeba.parent / "store" / "manifest.json").read_text())
     assert {skip["name"] for skip in source["skipped"]} == {"000003.jpg", "182640.jpg"}
-    assert "23 faces" in facevae_here(*command(celeba, "--allow-subset", "--max-bad", 0.1, "--rescale-labels", "--overwrite")).stdout
+    assert (
+        "23 faces"
+        in facevae_here(
+            *command(celeba, "--allow-subset", "--max-bad", 0.1, "--rescale-labels", "--overwrite")
+        ).stdout
+    )
 
 
 def test_no_labels_at_all(celeba):
     shutil.rmtree(celeba.parent / "labels")
     said = refused(*command(celeba, "--allow-subset"))
-    assert f"Make them with: facevae parse-masks --images '{celeba / 'Img' / 'img_align_celeba'}' --out '{celeba.parent / 'labels'}'." in said
+    assert (
+        f"Make them with: facevae parse-masks --images '{celeba / 'Img' / 'img_align_celeba'}' --out '{celeba.parent / 'labels'}'."
+        in said
+    )
     (celeba.parent / "labels").mkdir()
     drawn_celeba.zip_pictures(celeba / "Img" / "img_align_celeba")
     said = refused(*command(celeba, "--allow-subset"))
@@ -175,7 +252,9 @@ def test_no_labels_at_all(celeba):
 
 def test_labels_of_nobody_knows_which_scheme(celeba):
     record = celeba.parent / "labels" / "parsing.json"
-    assert "says that the label maps are in face-parsing" in refused(*command(celeba, "--allow-subset", "--scheme", "celebamask-hq"))
+    assert "says that the label maps are in face-parsing" in refused(
+        *command(celeba, "--allow-subset", "--scheme", "celebamask-hq")
+    )
     record.write_text('{"scheme": "bisenet", "parser": "x"}')
     assert "is not the record of a parser" in refused(*command(celeba, "--allow-subset"))
     record.unlink()
@@ -184,7 +263,10 @@ def test_labels_of_nobody_knows_which_scheme(celeba):
 
 
 def test_tables_that_lack_a_row_or_were_cut(faces, celeba):
-    attributes, partition = celeba / "Anno" / "list_attr_celeba.txt", celeba / "Eval" / "list_eval_partition.txt"
+    attributes, partition = (
+        celeba / "Anno" / "list_attr_celeba.txt",
+        celeba / "Eval" / "list_eval_partition.txt",
+    )
     whole = attributes.read_text()
     attributes.write_text("".join(whole.splitlines(True)[:-2]))
     assert "promises 24 rows, and it has 22: it was cut short" in refused(*command(celeba, "--allow-subset"))
@@ -193,7 +275,9 @@ def test_tables_that_lack_a_row_or_were_cut(faces, celeba):
     attributes.write_text("<!DOCTYPE html><title>Quota exceeded</title>")
     assert "it is a web page" in refused(*command(celeba, "--allow-subset"))
     attributes.write_text(whole)
-    partition.write_text("".join(line for line in partition.read_text().splitlines(True) if not line.startswith("182640")))
+    partition.write_text(
+        "".join(line for line in partition.read_text().splitlines(True) if not line.startswith("182640"))
+    )
     said = refused(*command(celeba, "--allow-subset"))
     assert "182640.jpg: no split: 'list_eval_partition.txt' has no row of this name" in said
 
@@ -229,11 +313,16 @@ def whole(faces, tmp_path_factory):
     (labels / "parsing.json").write_text(json.dumps(RECORD))
     numbers = np.arange(1, COUNT + 1)
     splits = np.searchsorted(list(LAST.values()), numbers)
-    with open(root / "list_eval_partition.txt", "w", newline="\r\n") as file:  # to the byte the file that was published
+    with open(
+        root / "list_eval_partition.txt", "w", newline="\r\n"
+    ) as file:  # to the byte the file that was published
         file.writelines(f"{number:06d}.jpg {split}\n" for number, split in zip(numbers, splits))
     with open(root / "list_attr_celeba.txt", "w") as file:
         file.write(f"{COUNT}\n{' '.join(ATTRIBUTES)} \n")
-        rows = [" ".join(f"{value:2d}" for value in np.random.default_rng(i).choice([-1, 1], 40)) for i in range(64)]
+        rows = [
+            " ".join(f"{value:2d}" for value in np.random.default_rng(i).choice([-1, 1], 40))
+            for i in range(64)
+        ]
         file.writelines(f"{number:06d}.jpg {rows[number % 64]}\n" for number in numbers)
     yield root
     shutil.rmtree(root)
@@ -242,20 +331,34 @@ def whole(faces, tmp_path_factory):
 def test_the_whole_of_celeba(whole):
     """Counts and digests as published are accepted; one picture fewer, or other attributes, are not. The source is a few arrays."""
     partition = published_celeba.published_files()["list_eval_partition.txt"]
-    with mock.patch.object(published_celeba, "published_files", lambda: {"list_eval_partition.txt": partition}):
+    with mock.patch.object(
+        published_celeba, "published_files", lambda: {"list_eval_partition.txt": partition}
+    ):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         source = CelebASource(whole, whole / "labels", SIZE)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kB"
         assert len(source) == COUNT and source.layout.name == "torchvision"
         batch = next(item for item in source if isinstance(item, Packed))
-        assert batch.splits == ["train"] * 32 and batch.attributes.shape == (32, 40) and batch.names[:2] == ["000001.jpg", "000002.jpg"]
-        with pytest.raises(FaceVAEError, match="None of the .* inputs can be packed, all for the same reason .no label map. so far. 001001.jpg: no label map: facevae parse-masks"):
+        assert (
+            batch.splits == ["train"] * 32
+            and batch.attributes.shape == (32, 40)
+            and batch.names[:2] == ["000001.jpg", "000002.jpg"]
+        )
+        with pytest.raises(
+            FaceVAEError,
+            match="None of the .* inputs can be packed, all for the same reason .no label map. so far. 001001.jpg: no label map: facevae parse-masks",
+        ):
             pack(source, whole / "store", progress=False)
         (whole / "img_align_celeba" / "123456.jpg").rename(whole / "spare.jpg")
-        with pytest.raises(FaceVAEError, match="holds 202,598 of CelebA's 202,599 pictures; missing: 123456.jpg"):
+        with pytest.raises(
+            FaceVAEError, match="holds 202,598 of CelebA's 202,599 pictures; missing: 123456.jpg"
+        ):
             CelebASource(whole, whole / "labels", SIZE)
         (whole / "spare.jpg").rename(whole / "img_align_celeba" / "123456.jpg")
-    with pytest.raises(FaceVAEError, match="list_attr_celeba.txt' is not the file that was published: its MD5 digest is .* and should be 75e246fa4810816ffd6ee81facbd244c"):
+    with pytest.raises(
+        FaceVAEError,
+        match="list_attr_celeba.txt' is not the file that was published: its MD5 digest is .* and should be 75e246fa4810816ffd6ee81facbd244c",
+    ):
         CelebASource(whole, whole / "labels", SIZE)
 
 
@@ -269,7 +372,7 @@ def test_packing_is_fast_and_holds_few_pictures_at_a_time(whole):
     peaks = []
     for count in (500, 1000):
         source = CelebASource(whole, whole / "labels", 72, allow_subset=True)
-        source.present[count + 1:] = False
+        source.present[count + 1 :] = False
         tracemalloc.start()
         try:
             pack(source, whole / "store", overwrite=True, progress=False)
@@ -285,9 +388,13 @@ def test_a_download_that_the_host_refuses(celeba, tmp_path):
     def host(key, folder, name, digest):
         (folder / name).write_text("<!DOCTYPE html><title>Google Drive - Quota exceeded</title>")
         raise RuntimeError("File not found or corrupted.")
+
     with mock.patch.object(downloader, "download_file_from_google_drive", host):
         said = refused(*command(tmp_path / "new", "--download"))
-    assert "web page instead of the file" in said and "img_align_celeba.zip from https://drive.google.com/uc?id=0B7EVK8r0v71pZjFTYXZWM3FlRnM" in said
+    assert (
+        "web page instead of the file" in said
+        and "img_align_celeba.zip from https://drive.google.com/uc?id=0B7EVK8r0v71pZjFTYXZWM3FlRnM" in said
+    )
     assert f"into '{tmp_path / 'new' / 'celeba'}'" in said and not list((tmp_path / "new").rglob("*.zip"))
 
 
@@ -305,17 +412,33 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("layout, pictures", [("official", "Img/img_align_celeba"), ("torchvision", "celeba/img_align_celeba"), ("kaggle", "img_align_celeba"), ("kaggle", "")])
+@pytest.mark.parametrize(
+    "layout, pictures",
+    [
+        ("official", "Img/img_align_celeba"),
+        ("torchvision", "celeba/img_align_celeba"),
+        ("kaggle", "img_align_celeba"),
+        ("kaggle", ""),
+    ],
+)
 def test_from_pictures_to_a_store_with_masks(layout, pictures, weights, tmp_path):
     """The first two commands of the README, with a parser of random weights; whichever folder of CelebA it is given."""
     root, labels = drawn_celeba.CELEBA[layout](Faces(1), tmp_path / "celeba"), tmp_path / "labels"
-    done = facevae_here("parse-masks", "--images", root / pictures, "--out", labels, "--weights", weights, "--any-weights")
+    done = facevae_here(
+        "parse-masks", "--images", root / pictures, "--out", labels, "--weights", weights, "--any-weights"
+    )
     assert done.returncode == 0, done.stderr
     done = facevae_here(*command(root, "--allow-subset"))
-    assert done.returncode == 0 and "3 faces of 36 x 36 pixels (1 train, 1 val, 1 test)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "3 faces of 36 x 36 pixels (1 train, 1 val, 1 test)" in done.stdout, (
+        done.stderr
+    )
     store = FaceStore(tmp_path / "store").verify()
     record = json.loads((labels / "parsing.json").read_text())
-    assert store.manifest.source["parsing"] == record and store.manifest.scheme == record["scheme"] == "face-parsing" and record["parser"] == "bisenet"
+    assert (
+        store.manifest.source["parsing"] == record
+        and store.manifest.scheme == record["scheme"] == "face-parsing"
+        and record["parser"] == "bisenet"
+    )
     found = {path.stem: np.asarray(Image.open(path)) for path in labels.rglob("*.png")}
     rows, columns = (((np.arange(SIZE) + 0.5) * length / SIZE).astype(int) for length in (218, 178))
     for name, packed_labels in zip(store.index["name"], store.labels):
@@ -326,9 +449,27 @@ def test_from_pictures_to_a_store_with_masks(layout, pictures, weights, tmp_path
 def test_from_celeba_to_the_study(celeba, weights):
     """The three commands of the README."""
     labels = celeba.parent / "parsed"
-    facevae("parse-masks", "--images", celeba / "Img" / "img_align_celeba", "--out", labels, "--weights", weights, "--any-weights")
+    facevae(
+        "parse-masks",
+        "--images",
+        celeba / "Img" / "img_align_celeba",
+        "--out",
+        labels,
+        "--weights",
+        weights,
+        "--any-weights",
+    )
     facevae(*command(celeba, "--allow-subset", labels=labels))
-    facevae("ablate", "--data", celeba.parent / "store", "--out", celeba.parent / "sweep", "--hypotheses", "H9", *TINY)
+    facevae(
+        "ablate",
+        "--data",
+        celeba.parent / "store",
+        "--out",
+        celeba.parent / "sweep",
+        "--hypotheses",
+        "H9",
+        *TINY,
+    )
     record = json.loads((labels / "parsing.json").read_text())
     for path in ("sweep.json", "H9/seed0/config.json"):
         assert json.loads((celeba.parent / "sweep" / path).read_text())["data_source"]["parsing"] == record
@@ -336,7 +477,18 @@ def test_from_celeba_to_the_study(celeba, weights):
 
 
 def hq_command(root, *options):
-    return ["pack", "celebamask-hq", "--root", root, "--size", SIZE, "--out", root.parent / "store", "--allow-subset", *options]
+    return [
+        "pack",
+        "celebamask-hq",
+        "--root",
+        root,
+        "--size",
+        SIZE,
+        "--out",
+        root.parent / "store",
+        "--allow-subset",
+        *options,
+    ]
 
 
 def test_celebamask_hq_keeps_test_faces_in_the_test_split(faces, packed, tmp_path):
@@ -346,7 +498,10 @@ def test_celebamask_hq_keeps_test_faces_in_the_test_split(faces, packed, tmp_pat
     assert "24 faces of 36 x 36 pixels (8 train, 8 val, 8 test)" in facevae_here(*hq_command(root)).stdout
     store = FaceStore(tmp_path / "store").verify()
     splits = packed.index.set_index("name")["split"]
-    assert list(store.index["split"]) == [splits[faces.names[i]] for i in order] and store.manifest.scheme == "celebamask-hq"
+    assert (
+        list(store.index["split"]) == [splits[faces.names[i]] for i in order]
+        and store.manifest.scheme == "celebamask-hq"
+    )
     assert (store.attributes.to_numpy() == (faces.values[order] == 1)).all()
     places = ((np.arange(SIZE) + 0.5) * 178 / SIZE).astype(int)
     assert (store.labels == faces.labels[order][:, 20:198][:, places[:, None], places]).all()
@@ -364,7 +519,10 @@ def test_celebamask_hq_without_its_mapping_and_with_bad_masks(faces, tmp_path):
     for path in parts.glob("00007_*.png"):
         path.unlink()
     said = refused(*hq_command(root))
-    assert "7.jpg: no label map: there is no part of it" in said and "4.jpg: the parts have another size than their picture: '00004_skin.png' is 178 x 100" in said
+    assert (
+        "7.jpg: no label map: there is no part of it" in said
+        and "4.jpg: the parts have another size than their picture: '00004_skin.png' is 178 x 100" in said
+    )
     assert "22 faces" in facevae_here(*hq_command(root, "--max-bad", 0.1)).stdout
     shutil.rmtree(tmp_path / "store")
     arguments = [part for part in hq_command(root) if part != "--allow-subset"]

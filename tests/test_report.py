@@ -1,4 +1,5 @@
 """The figures notebook by papermill over made-up sweeps, and the page it writes."""
+
 import json
 import re
 from html.parser import HTMLParser
@@ -10,18 +11,32 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.text import Text
 
-from facevae.core import FaceVAEError
 from facevae.analysis.claims import Findings
-from facevae.sweep.runner import execute
 from facevae.analysis.figures import study_figures
 from facevae.analysis.report import write_report
-from facevae.plotting import new_figure, png
 from facevae.analysis.results import load_sweep
+from facevae.core import FaceVAEError
+from facevae.plotting import new_figure, png
+from facevae.sweep.runner import execute
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
 FETCHED = {"src", "srcset", "poster", "data", "background", "action"}
-FIGURES = ("interval_masks", "free_pixels", "scatter_masks", "faces_masks", "interval_standalone", "interval_with_ssim", "ranks", "interval_best", "bars_masks",
-           "bars_standalone", "bars_ssim_with", "visual_comparison", "latent_use", "training_curves")
+FIGURES = (
+    "interval_masks",
+    "free_pixels",
+    "scatter_masks",
+    "faces_masks",
+    "interval_standalone",
+    "interval_with_ssim",
+    "ranks",
+    "interval_best",
+    "bars_masks",
+    "bars_standalone",
+    "bars_ssim_with",
+    "visual_comparison",
+    "latent_use",
+    "training_curves",
+)
 
 
 class Page(HTMLParser):
@@ -34,7 +49,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.fetched += [value for name, value in attrs if name in FETCHED or (tag == "link" and name == "href")]
+        self.fetched += [
+            value for name, value in attrs if name in FETCHED or (tag == "link" and name == "href")
+        ]
 
     def handle_data(self, data):
         self.words.append(data)
@@ -60,29 +77,72 @@ def study(tmp_path_factory):
 
 def test_everything_is_written(study):
     table = pd.read_csv(study / "results.csv")
-    assert len(table) == 18 * 3 + 9 and {"hypothesis", "terms", "mask", "seed", "view", "images", "l1", "ssim"} <= set(table)
+    assert len(table) == 18 * 3 + 9 and {
+        "hypothesis",
+        "terms",
+        "mask",
+        "seed",
+        "view",
+        "images",
+        "l1",
+        "ssim",
+    } <= set(table)
     for name in FIGURES:
         assert (study / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (study / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    assert {path.name for path in (study / "tables").iterdir()} == {f"{name}.{kind}" for kind in ("md", "tex") for name in (
-        "results_face", "results_composite", "results_raw", "verdicts")}
+    assert {path.name for path in (study / "tables").iterdir()} == {
+        f"{name}.{kind}"
+        for kind in ("md", "tex")
+        for name in ("results_face", "results_composite", "results_raw", "verdicts")
+    }
     compared = pd.read_csv(study / "comparisons.csv")
-    assert {"question", "label", "view", "metric", "improvement", "low", "high", "p_holm", "effect", "share_improved", "images", "seeds"} <= set(compared)
-    assert set(compared.question) == {"masks", "standalone", "with_ssim", "best"} and len(pd.read_csv(study / "claims.csv")) == 24
+    assert {
+        "question",
+        "label",
+        "view",
+        "metric",
+        "improvement",
+        "low",
+        "high",
+        "p_holm",
+        "effect",
+        "share_improved",
+        "images",
+        "seeds",
+    } <= set(compared)
+    assert (
+        set(compared.question) == {"masks", "standalone", "with_ssim", "best"}
+        and len(pd.read_csv(study / "claims.csv")) == 24
+    )
 
 
 def test_report_is_self_contained_and_says_what_is_missing(study):
     page = assert_self_contained(study / "report.html")
     words = " ".join(page.words)
     assert page.tags.count("img") == len(FIGURES)
-    assert "2 of 20 runs have no result" in words and "became nan at step 130" in words and "never started" in words
+    assert (
+        "2 of 20 runs have no result" in words
+        and "became nan at step 130" in words
+        and "never started" in words
+    )
     assert "LPIPS is absent" in words and "could not be downloaded" in words
     assert "masks lowered L1 from" in words
 
 
 def test_every_table_says_who_used_masks(study):
     words = " ".join(" ".join(Page((study / "report.html").read_text(encoding="utf-8")).words).split())
-    masks = {"H1": "no", "H2": "yes", "H3": "no", "H4": "yes", "H5": "no", "H6": "yes", "H7": "no", "H8": "yes", "H9": "yes", "H10": "no"}
+    masks = {
+        "H1": "no",
+        "H2": "yes",
+        "H3": "no",
+        "H4": "yes",
+        "H5": "no",
+        "H6": "yes",
+        "H7": "no",
+        "H8": "yes",
+        "H9": "yes",
+        "H10": "no",
+    }
     rows = re.findall(r"\b(H\d+) ((?:ssim|l1|l2)(?:\+l[12])?) (yes|no) [\d–m]", words)
     assert len(rows) >= 30, "the page has at least three tables of all hypotheses"
     assert {(name, used) for name, _, used in rows} == set(masks.items())
@@ -90,16 +150,28 @@ def test_every_table_says_who_used_masks(study):
 
 def test_executed_notebook_shows_the_figures(study):
     cells = json.loads((study.parent / "out.ipynb").read_text())["cells"]
-    pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    pictures = [
+        output
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == len(FIGURES)
 
 
 @pytest.mark.parametrize("name", ["nothing", "one", "user"])
 def test_partial_sweeps(name, tmp_path):
-    mine = [{"name": "l1+l2", "terms": "l1+l2", "mask": False}, {"name": "l1+l2+mask", "terms": "l1+l2", "mask": True}]
-    options = {"nothing": dict(hypotheses=HYPOTHESES[:1], seeds=(0,), missing=("H1", 0)),
-               "one": dict(hypotheses=HYPOTHESES, seeds=(0, 1, 2), missing=None, failed=None, images=1, lpips=True, size=36),
-               "user": dict(hypotheses=mine, seeds=(3,))}[name]
+    mine = [
+        {"name": "l1+l2", "terms": "l1+l2", "mask": False},
+        {"name": "l1+l2+mask", "terms": "l1+l2", "mask": True},
+    ]
+    options = {
+        "nothing": dict(hypotheses=HYPOTHESES[:1], seeds=(0,), missing=("H1", 0)),
+        "one": dict(
+            hypotheses=HYPOTHESES, seeds=(0, 1, 2), missing=None, failed=None, images=1, lpips=True, size=36
+        ),
+        "user": dict(hypotheses=mine, seeds=(3,)),
+    }[name]
     sweep = make_sweep(tmp_path / "sweep", **options)
     if name == "one":
         for path in sweep.glob("H[2-9]*/*/metrics.parquet"):
@@ -109,13 +181,24 @@ def test_partial_sweeps(name, tmp_path):
     study = load_sweep(sweep)
     found = Findings(study, resamples=200)
     words = " ".join(assert_self_contained(write_report(found, study_figures(found))).words)
-    assert {"nothing": "No run has finished yet", "one": "results cannot be used", "user": "l1+l2 (l1+l2 → l1+l2+mask)"}[name] in words
+    assert {
+        "nothing": "No run has finished yet",
+        "one": "results cannot be used",
+        "user": "l1+l2 (l1+l2 → l1+l2+mask)",
+    }[name] in words
 
 
 def test_names_and_errors_are_escaped(tmp_path):
     hostile = "<script>alert(1)<|script>"
-    sweep = make_sweep(tmp_path / "sweep", hypotheses=[{"name": hostile, "terms": "l1", "mask": True},
-                                                      {"name": "$x_{", "terms": "l1", "mask": False}], seeds=(0, 1), failed=(hostile, 1))
+    sweep = make_sweep(
+        tmp_path / "sweep",
+        hypotheses=[
+            {"name": hostile, "terms": "l1", "mask": True},
+            {"name": "$x_{", "terms": "l1", "mask": False},
+        ],
+        seeds=(0, 1),
+        failed=(hostile, 1),
+    )
     status = sweep / hostile / "seed1" / "status.json"
     status.write_text(json.dumps({"state": "failed", "error": "<img src=x onerror=alert(2)>"}))
     study = load_sweep(sweep)
@@ -141,13 +224,22 @@ def overlapping_texts(figure):
         if isinstance(artist, Axis):
             low, high = sorted(artist.get_view_interval())
             ticks = [tick for tick in artist.get_major_ticks() if low <= tick.get_loc() <= high]
-            children = [artist.label, artist.offsetText, *(label for tick in ticks for label in (tick.label1, tick.label2))]
+            children = [
+                artist.label,
+                artist.offsetText,
+                *(label for tick in ticks for label in (tick.label1, tick.label2)),
+            ]
         for child in children:
             walk(child)
 
     walk(figure)
-    return [(a, b) for i, (a, first) in enumerate(boxes) for b, second in boxes[i + 1:]
-            if min(first.x1, second.x1) - max(first.x0, second.x0) > 1 and min(first.y1, second.y1) - max(first.y0, second.y0) > 1]
+    return [
+        (a, b)
+        for i, (a, first) in enumerate(boxes)
+        for b, second in boxes[i + 1 :]
+        if min(first.x1, second.x1) - max(first.x0, second.x0) > 1
+        and min(first.y1, second.y1) - max(first.y0, second.y0) > 1
+    ]
 
 
 def test_no_labels_overlap(tmp_path):
@@ -172,7 +264,9 @@ def test_claims_of_the_paper_and_your_own(study):
         expect = "better"
     """)
     found = Findings(load_sweep(study), resamples=200)
-    words = " ".join(assert_self_contained(write_report(found, {"ranks": study_figures(found)["ranks"]})).words)
+    words = " ".join(
+        assert_self_contained(write_report(found, {"ranks": study_figures(found)["ranks"]})).words
+    )
     assert len(found.claims) == 25 and all(statement in words for statement in found.claims.statement)
     assert "Does l1 with masks beat l2 without?" in words and "authors +" in words
     assert f"Of the 25 claims, {(found.claims.verdict == 'reproduced').sum()} reproduced" in words

@@ -1,4 +1,5 @@
 """One run that is killed, frozen, damaged or out of disk: it ends with the weights of one that was never disturbed."""
+
 import contextlib
 import json
 import os
@@ -24,8 +25,13 @@ SETTINGS = [*TINY[1::2], "steps=60", "checkpoint_every=3", "validate_every=5", "
 
 
 def training(store, out, *settings, cwd=None, **environment):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS, *settings], stderr=subprocess.PIPE, text=True,
-                            cwd=cwd, env=os.environ | environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS, *settings],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+    )
 
 
 def ends(process) -> str:
@@ -48,6 +54,7 @@ def same(undisturbed, tally):
         found = differences(out, undisturbed)
         tally(faults=faults, runs=1, differences=len(found))
         assert not found, found
+
     return check
 
 
@@ -58,7 +65,10 @@ def newest(out) -> Path:
 def test_damaged_checkpoints_are_passed_over(store, tmp_path, same):
     """First the newest is cut off, then a single bit of the newest is turned: the one before it is used, and it says so."""
     out = tmp_path / "run"
-    for least, damage in ((14, lambda data: data[:-7]), (34, lambda data: data[:9000] + bytes([data[9000] ^ 4]) + data[9001:])):
+    for least, damage in (
+        (14, lambda data: data[:-7]),
+        (34, lambda data: data[:9000] + bytes([data[9000] ^ 4]) + data[9001:]),
+    ):
         process = training(store, out)
         wait_until(lambda: step_of(out) >= least, f"step {least}", process=process)
         process.kill()
@@ -94,7 +104,9 @@ def test_damaged_best_weights_are_found_again(store, tmp_path, same, when):
 @contextlib.contextmanager
 def small_disk(path: Path, megabytes: int):
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)], capture_output=True
+    )
     if done.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -159,7 +171,11 @@ def test_two_processes_cannot_share_a_run(store, tmp_path, tally):
     out = tmp_path / "run"
     first = training(store, out, "steps=4000")
     wait_until(lambda: step_of(out) >= 2, "step 2", process=first)
-    second = subprocess.run([sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS, "steps=4000"], capture_output=True, text=True)
+    second = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(store), str(out), *SETTINGS, "steps=4000"],
+        capture_output=True,
+        text=True,
+    )
     still_running = first.poll() is None
     first.kill()
     first.wait()
@@ -173,7 +189,12 @@ def command(store, out, *settings):
 
 
 def started(arguments):
-    return subprocess.Popen([str(Path(sys.executable).parent / "facevae"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / "facevae"), *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_killed_command_leaves_nobody_training(store, tmp_path, tally):
@@ -199,7 +220,9 @@ def test_interrupt_says_so_and_resumes(store, tmp_path, tally):
     assert state_of(out) == "interrupted"
     facevae(*arguments)
     assert state_of(out) == "done"
-    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines() if '"train"' in line]
+    steps = [
+        json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines() if '"train"' in line
+    ]
     assert steps == list(range(1, 91)), "a step is logged twice or missing"
     tally(faults=1, runs=1)
 
@@ -214,8 +237,21 @@ def test_a_run_of_other_code_is_refused_by_name_until_it_is_accepted(store, tmp_
     wait_until(lambda: step_of(out) >= 10, "step 10", process=process)
     process.kill()
     process.wait()
-    arguments = ["train", "--hypothesis", "H9", "--data", store, "--out", out, *(part for setting in SETTINGS for part in ("--set", setting))]
+    arguments = [
+        "train",
+        "--hypothesis",
+        "H9",
+        "--data",
+        store,
+        "--out",
+        out,
+        *(part for setting in SETTINGS for part in ("--set", setting)),
+    ]
     done = facevae(*arguments, check=False)
-    assert done.returncode == 1 and "holds a run of other code: code is '" in done.stderr and "--accept-code" in done.stderr, done.stderr
+    assert (
+        done.returncode == 1
+        and "holds a run of other code: code is '" in done.stderr
+        and "--accept-code" in done.stderr
+    ), done.stderr
     facevae(*arguments, "--accept-code")
     assert state_of(out) == "done"

@@ -1,4 +1,5 @@
 """What makes training fast must not change what it trains."""
+
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def make_trainer(store, **overrides):
-    config = make_config("H9", "quick", overrides={"size": 36, "width": 0.125, "latent_dim": 8, "precision": "fp32"} | overrides)
+    config = make_config(
+        "H9",
+        "quick",
+        overrides={"size": 36, "width": 0.125, "latent_dim": 8, "precision": "fp32"} | overrides,
+    )
     return Trainer(config, FaceStore(store), Accelerator(mixed_precision="no"))
 
 
@@ -27,7 +32,9 @@ def test_a_compiled_step_trains_the_same(store, monkeypatch):
     monkeypatch.setattr(losses, "blur", windows.blur_by_products)
     plain = steps(make_trainer(store))
     real = torch.compile
-    with patch("torch.compile", lambda function, mode=None: real(function, backend="aot_eager", fullgraph=True)):
+    with patch(
+        "torch.compile", lambda function, mode=None: real(function, backend="aot_eager", fullgraph=True)
+    ):
         trainer = make_trainer(store, compile="on")
     compiled = steps(trainer)
     assert trainer.compiled, "it went back to the uncompiled step"
@@ -39,6 +46,7 @@ def test_a_step_that_cannot_be_compiled_is_run_as_it_is(store):
     def refuse(function, mode=None):
         def broken(*arguments):
             raise RuntimeError("no compiler found")
+
         return broken
 
     with patch("torch.compile", refuse):
@@ -57,9 +65,14 @@ def test_another_feed_changes_nothing(store):
 
 def test_bfloat16_learns_what_single_precision_learns(store):
     """Not the same digits, but the same descent; the losses themselves stay in single precision."""
-    single, half = (steps(make_trainer(store, precision=precision, schedule="constant", learning_rate=1e-3), 30) for precision in ("fp32", "bf16"))
+    single, half = (
+        steps(make_trainer(store, precision=precision, schedule="constant", learning_rate=1e-3), 30)
+        for precision in ("fp32", "bf16")
+    )
     assert sum(half[0].values()) == pytest.approx(sum(single[0].values()), rel=0.02)
-    first, last = (sum(losses.weigh(run[index]).values() if index >= 0 else ()) for run, index in ((half, 0), (half, 29)))
+    first, last = (
+        sum(losses.weigh(run[index]).values() if index >= 0 else ()) for run, index in ((half, 0), (half, 29))
+    )
     assert last < 0.8 * first
     assert last == pytest.approx(sum(losses.weigh(single[29]).values()), rel=0.15)
     raw, _ = make_trainer(store, precision="bf16").step(0)

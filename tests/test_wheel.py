@@ -1,4 +1,5 @@
 """The library from a built wheel, outside the checkout: the same commands, the same notebooks."""
+
 import os
 import shutil
 import subprocess
@@ -16,27 +17,59 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build"))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)], check=True)
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build"),
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            str(folder),
+            str(source),
+        ],
+        check=True,
+    )
     return next(folder.glob("facevae-*.whl"))
 
 
 def study(python, store, folder, **variables):
     """The commands a user of the installed library types; its own process environment, no checkout in sight."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
-    for command in (["verify", str(store)], ["ablate", "--data", str(store), "--out", str(folder / "sweep"), "--hypotheses", "H5,H6", *TINY]):
-        done = subprocess.run([*python, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    for command in (
+        ["verify", str(store)],
+        ["ablate", "--data", str(store), "--out", str(folder / "sweep"), "--hypotheses", "H5,H6", *TINY],
+    ):
+        done = subprocess.run(
+            [*python, *command], cwd=folder, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "sweep" / "report.html").exists()
 
 
 def test_wheel_runs_the_study(wheel, store, tmp_path):
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    where = subprocess.run([sys.executable, "-c", "import facevae.sweep.runner as n; print(n.notebook_path('train'))"], cwd=tmp_path,
-                           env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True).stdout.strip()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)],
+        check=True,
+    )
+    where = subprocess.run(
+        [sys.executable, "-c", "import facevae.sweep.runner as n; print(n.notebook_path('train'))"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     assert where.startswith(str(site)), f"the wheel's own notebooks are not used: {where}"
-    study([sys.executable, "-c", "from facevae.cli import main; main()"], store, tmp_path, PYTHONPATH=str(site))
+    study(
+        [sys.executable, "-c", "from facevae.cli import main; main()"], store, tmp_path, PYTHONPATH=str(site)
+    )
 
 
 @pytest.mark.slow

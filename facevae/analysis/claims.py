@@ -9,6 +9,7 @@ __all__ = ['Name', 'Sentence', 'MOST_CLAIMS', 'ALPHA', 'VERDICTS', 'UNMEASURED',
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0003
 import tomllib
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,14 +18,25 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .results import AUTHORS_METRICS, METRIC_STYLE, authors_results, loss_key
-from .statistics import QUESTIONS, Scores, estimate, holm
-from ..core import FaceVAEError, choices, printable
-from .results import Sweep, load_sweep
+from facevae.analysis.results import (
+    AUTHORS_METRICS,
+    METRIC_STYLE,
+    Sweep,
+    authors_results,
+    load_sweep,
+    loss_key,
+    over_seeds,
+    results,
+)
+from .statistics import QUESTIONS, Scores, answer, apparent_gain, estimate, holm
+from ..core import FaceVAEError, atomic_file, choices, printable
 from ..safe_io import read_bytes
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0006
-Name, Sentence = Annotated[str, Field(min_length=1, max_length=80)], Annotated[str, Field(min_length=1, max_length=300)]
+Name, Sentence = (
+    Annotated[str, Field(min_length=1, max_length=80)],
+    Annotated[str, Field(min_length=1, max_length=300)],
+)
 MOST_CLAIMS = 2**20  # bytes
 
 
@@ -35,6 +47,7 @@ class Claim(BaseModel):
     metrics: on which. view: of the reconstruction. expect: what second is, measured against first. beyond: another pair (first, second),
     whose gain must be exceeded. margin: the smallest difference that matters, as a share of first's error (default: half of what the authors found, or 1 %).
     """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Name
     question: Sentence
@@ -74,8 +87,10 @@ def parse_claims(text: str, where: str = "claims.toml") -> list[Claim]:
     except (ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise FaceVAEError(f"'{where}' does not hold claims ({printable(at + told)[:500]}). Each is a [[claim]] with name, question, statement, first, second, "
-                           "metrics and expect.") from None
+        raise FaceVAEError(
+            f"'{where}' does not hold claims ({printable(at + told)[:500]}). Each is a [[claim]] with name, question, statement, first, second, "
+            "metrics and expect."
+        ) from None
     return list(claims.values())
 
 
@@ -115,7 +130,9 @@ def decide(gain: float, low: float, high: float, p: float, margin: float, not_wo
 
 def worst(verdicts) -> str:
     """The verdict on a statement of several parts, those aside that were not measured; undecided without any."""
-    return min((verdict for verdict in verdicts if verdict in VERDICTS), key=VERDICTS.index, default="undecided")
+    return min(
+        (verdict for verdict in verdicts if verdict in VERDICTS), key=VERDICTS.index, default="undecided"
+    )
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0015
 def resolve(cells: pd.DataFrame, text: str) -> str:
@@ -142,8 +159,13 @@ def claim_pairs(cells: pd.DataFrame, claim: Claim) -> list[tuple[str, str, str]]
             rest = rest[rest["mask"].astype(bool) == (claim.first == "others with masks")]
         firsts = rest.hypothesis.tolist() or [claim.first]
     if len(firsts) != len(seconds):
-        firsts, seconds = (firsts * len(seconds), seconds) if len(firsts) == 1 else (firsts, seconds * len(firsts))
-    return [(f"{first} → {second}", resolve(cells, first), resolve(cells, second)) for first, second in zip(firsts, seconds)]
+        firsts, seconds = (
+            (firsts * len(seconds), seconds) if len(firsts) == 1 else (firsts, seconds * len(firsts))
+        )
+    return [
+        (f"{first} → {second}", resolve(cells, first), resolve(cells, second))
+        for first, second in zip(firsts, seconds)
+    ]
 
 
 def _authors_gains() -> dict[tuple[str, bool, str], float]:
@@ -153,7 +175,11 @@ def _authors_gains() -> dict[tuple[str, bool, str], float]:
 def _authors_error(cells: pd.DataFrame, hypothesis: str, metric: str, known: dict) -> float:
     """The authors' error of a hypothesis that trains the same; NaN when they have none."""
     row = cells[cells.hypothesis == hypothesis]
-    return known.get((loss_key(row.terms.iloc[0]), bool(row["mask"].iloc[0]), metric), np.nan) if len(row) else np.nan
+    return (
+        known.get((loss_key(row.terms.iloc[0]), bool(row["mask"].iloc[0]), metric), np.nan)
+        if len(row)
+        else np.nan
+    )
 
 
 def _unit(metric: str) -> float:
@@ -162,11 +188,32 @@ def _unit(metric: str) -> float:
     return abs(style.error(1.0) - style.error(0.0)) if metric in AUTHORS_METRICS else 1.0
 
 
-PART_COLUMNS = ["claim", "question", "pair", "first_name", "second_name", "metric", "authors", "first_authors", "first", "gain", "low", "high", "p", "effect", "share", "margin",
-                "images", "seeds", "missing"]
+PART_COLUMNS = [
+    "claim",
+    "question",
+    "pair",
+    "first_name",
+    "second_name",
+    "metric",
+    "authors",
+    "first_authors",
+    "first",
+    "gain",
+    "low",
+    "high",
+    "p",
+    "effect",
+    "share",
+    "margin",
+    "images",
+    "seeds",
+    "missing",
+]
 
 
-def judge_claim(sweep: Sweep, claim: Claim, scores: Scores, known: dict, resamples: int = 2000) -> pd.DataFrame:
+def judge_claim(
+    sweep: Sweep, claim: Claim, scores: Scores, known: dict, resamples: int = 2000
+) -> pd.DataFrame:
     """Each part of a claim, a pair on a metric, before correction: gains in the claimed direction, in units of the printed error.
 
     known: the authors' errors. Returns claim, pair, metric, authors (their gain), first_authors, first (our error of the first), gain, low, high, p, margin,
@@ -178,26 +225,68 @@ def judge_claim(sweep: Sweep, claim: Claim, scores: Scores, known: dict, resampl
         names = [*pair, *(resolve(sweep.cells, text) for text in claim.beyond or ())]
         for metric in claim.metrics:
             style, unit = METRIC_STYLE[metric], _unit(metric)
-            row = {"claim": claim.name, "question": claim.question, "pair": told, "first_name": pair[0], "second_name": pair[1], "metric": metric, "missing": ""}
+            row = {
+                "claim": claim.name,
+                "question": claim.question,
+                "pair": told,
+                "first_name": pair[0],
+                "second_name": pair[1],
+                "metric": metric,
+                "missing": "",
+            }
             errors = [_authors_error(sweep.cells, name, metric, known) for name in names]
-            gains = [first - second for first, second in zip(errors[::2], errors[1::2])]  # lower errors are better
+            gains = [
+                first - second for first, second in zip(errors[::2], errors[1::2])
+            ]  # lower errors are better
             row |= {"authors": sign * (gains[0] - sum(gains[1:])), "first_authors": errors[0]}
-            blocks = scores.pair(metric, claim.view, *names) if metric in scores.names and all(names) else [np.empty((0, 0))]
+            blocks = (
+                scores.pair(metric, claim.view, *names)
+                if metric in scores.names and all(names)
+                else [np.empty((0, 0))]
+            )
             if not blocks[0].size:
-                rows.append(row | {"missing": UNMEASURED if metric not in scores.names and all(names) else "no finished run" if all(names) else "not in this sweep"})
+                rows.append(
+                    row
+                    | {
+                        "missing": UNMEASURED
+                        if metric not in scores.names and all(names)
+                        else "no finished run"
+                        if all(names)
+                        else "not in this sweep"
+                    }
+                )
                 continue
             value = (lambda values: values) if claim.expect in ("higher", "lower") else style.score
             a, b, *others = [sign * unit * value(block) for block in blocks]
             gain = b - a - ((others[1] - others[0]) if others else 0)
             found = estimate(gain, resamples=resamples)
             error = abs(style.error(blocks[0].mean())) if metric in AUTHORS_METRICS else abs(blocks[0].mean())
-            share = claim.margin or (abs(row["authors"]) / errors[0] / 2 if np.isfinite(row["authors"]) and row["authors"] and claim.expect != "not worse" else 0.01)
-            rows.append(row | {"first": error, "gain": found.gain, "low": found.low, "high": found.high, "p": found.p, "effect": found.effect, "share": found.share,
-                               "margin": share * error, "images": gain.shape[0], "seeds": gain.shape[1]})
+            share = claim.margin or (
+                abs(row["authors"]) / errors[0] / 2
+                if np.isfinite(row["authors"]) and row["authors"] and claim.expect != "not worse"
+                else 0.01
+            )
+            rows.append(
+                row
+                | {
+                    "first": error,
+                    "gain": found.gain,
+                    "low": found.low,
+                    "high": found.high,
+                    "p": found.p,
+                    "effect": found.effect,
+                    "share": found.share,
+                    "margin": share * error,
+                    "images": gain.shape[0],
+                    "seeds": gain.shape[1],
+                }
+            )
     return pd.DataFrame(rows, columns=PART_COLUMNS)
 
 
-def judge(sweep: Sweep, claims: list[Claim] | None = None, scores: Scores | None = None, resamples: int = 2000) -> tuple[pd.DataFrame, pd.DataFrame]:
+def judge(
+    sweep: Sweep, claims: list[Claim] | None = None, scores: Scores | None = None, resamples: int = 2000
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What became of each claim, and of each of its parts.
 
     claims: (default: `sweep_claims`). p values are corrected by Holm's method over all parts of all claims of one question.
@@ -209,23 +298,31 @@ def judge(sweep: Sweep, claims: list[Claim] | None = None, scores: Scores | None
     parts = pd.concat(judged, ignore_index=True) if judged else pd.DataFrame(columns=PART_COLUMNS)
     parts["p_holm"] = parts.groupby("question").p.transform(holm).astype(float)
     by_name = {claim.name: claim for claim in claims}
-    parts["verdict"] = [UNMEASURED if row.missing == UNMEASURED else decide(row.gain, row.low, row.high, row.p_holm, row.margin, by_name[row.claim].expect == "not worse") for row in parts.itertuples()]
+    parts["verdict"] = [
+        UNMEASURED
+        if row.missing == UNMEASURED
+        else decide(
+            row.gain, row.low, row.high, row.p_holm, row.margin, by_name[row.claim].expect == "not worse"
+        )
+        for row in parts.itertuples()
+    ]
     rows = []
     for claim in claims:
         found = parts[parts.claim == claim.name].verdict
-        rows.append({"name": claim.name, "question": QUESTIONS.get(claim.question, claim.question), "statement": claim.statement, "view": claim.view, "verdict": worst(found),
-                     "parts": len(found), **found.value_counts().reindex([*VERDICTS, UNMEASURED], fill_value=0)})
-    return pd.DataFrame(rows, columns=["name", "question", "statement", "view", "verdict", "parts", *VERDICTS, UNMEASURED]), parts
-
-# %% ../../nbs/11_analysis/02_claims.ipynb #c0021
-from functools import cached_property
-
-import pandas as pd
-
-from .results import over_seeds, results
-from .statistics import QUESTIONS, Scores, answer, apparent_gain
-from ..core import atomic_file
-from .results import Sweep, load_sweep
+        rows.append(
+            {
+                "name": claim.name,
+                "question": QUESTIONS.get(claim.question, claim.question),
+                "statement": claim.statement,
+                "view": claim.view,
+                "verdict": worst(found),
+                "parts": len(found),
+                **found.value_counts().reindex([*VERDICTS, UNMEASURED], fill_value=0),
+            }
+        )
+    return pd.DataFrame(
+        rows, columns=["name", "question", "statement", "view", "verdict", "parts", *VERDICTS, UNMEASURED]
+    ), parts
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0023
 class Findings:
@@ -252,7 +349,10 @@ class Findings:
     @cached_property
     def answers(self) -> dict[str, pd.DataFrame]:
         """The pairs of each question, compared: `comparison.answer` by key of QUESTIONS."""
-        return {question: answer(self.sweep, question, self.scores, resamples=self.resamples) for question in QUESTIONS}
+        return {
+            question: answer(self.sweep, question, self.scores, resamples=self.resamples)
+            for question in QUESTIONS
+        }
 
     @cached_property
     def apparent(self) -> pd.DataFrame:
@@ -275,8 +375,15 @@ class Findings:
 
     def write(self) -> list:
         """Write results.csv, comparisons.csv, claims.csv and claim_parts.csv into the sweep's directory; returns their paths."""
-        compared = pd.concat([table.assign(question=question) for question, table in self.answers.items()], ignore_index=True)
-        tables = {"results": self.results, "comparisons": compared, "claims": self.claims, "claim_parts": self.parts}
+        compared = pd.concat(
+            [table.assign(question=question) for question, table in self.answers.items()], ignore_index=True
+        )
+        tables = {
+            "results": self.results,
+            "comparisons": compared,
+            "claims": self.claims,
+            "claim_parts": self.parts,
+        }
         for name, table in tables.items():
             with atomic_file(self.sweep.path / f"{name}.csv") as partial:
                 table.to_csv(partial, index=False)

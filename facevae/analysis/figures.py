@@ -7,25 +7,37 @@ __all__ = ['sweep_store', 'visual_samples', 'extreme_images', 'extremes_plot', '
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0003
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from .results import METRIC_STYLE
-from .statistics import Scores
+from .claims import Findings
+from facevae.analysis.plots import (
+    bars_masks,
+    bars_ssim_with,
+    bars_standalone,
+    free_pixels_plot,
+    interval_plot,
+    latent_plot,
+    rank_plot,
+    scatter_plot,
+    training_curves,
+)
+from .results import METRIC_STYLE, Sweep, load_sweep, mask_pairs
+from .statistics import QUESTIONS, Scores, leader, question_pairs
 from ..core import FaceVAEError
-from .plots import title
-from ..training.run import read_json
 from ..data.labels import FACE_PARTS
 from ..data.loader import Batches
-from ..data.store import check_size
+from ..data.store import FaceStore, check_size
 from ..model.vae import FaceVAE, composite
-from ..data.store import FaceStore
 from ..plotting import new_figure, notice, png, styled
-from .results import Sweep, load_sweep
+from ..training.run import read_json
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0006
 def sweep_store(sweep: Sweep, store=None) -> FaceStore:
@@ -35,13 +47,21 @@ def sweep_store(sweep: Sweep, store=None) -> FaceStore:
     """
     store = FaceStore(sweep.manifest.get("data") or "") if store is None else store
     if sweep.manifest.get("data_fingerprint", store.fingerprint) != store.fingerprint:
-        raise FaceVAEError(f"The store '{store.path}' is not the one that this sweep was run on. Put that one back to see its faces.")
+        raise FaceVAEError(
+            f"The store '{store.path}' is not the one that this sweep was run on. Put that one back to see its faces."
+        )
     return store
 
 
 @torch.no_grad()
-def visual_samples(sweep: Sweep, store=None, count: int = 3, rows=None, hypotheses: tuple[str, ...] | None = None,
-                   load: Callable = FaceVAE.from_pretrained) -> dict:
+def visual_samples(
+    sweep: Sweep,
+    store=None,
+    count: int = 3,
+    rows=None,
+    hypotheses: tuple[str, ...] | None = None,
+    load: Callable = FaceVAE.from_pretrained,
+) -> dict:
     """Test faces as each hypothesis draws them, for `facevae.analysis.plots.visual_comparison`.
 
     store: a FaceStore (default: the one that sweep.json names). count: how many of the first test faces; rows: or these rows of
@@ -51,7 +71,12 @@ def visual_samples(sweep: Sweep, store=None, count: int = 3, rows=None, hypothes
     rows = store.rows("test")[:count] if rows is None else np.asarray(rows)
     samples = {"recon": {}, "predicted": {}, "predicted_mask": {}}
     plain = lambda images: images.float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
-    for run in sweep.cells[sweep.cells.state == "done"].sort_values("seed", kind="stable").drop_duplicates("hypothesis").itertuples():
+    for run in (
+        sweep.cells[sweep.cells.state == "done"]
+        .sort_values("seed", kind="stable")
+        .drop_duplicates("hypothesis")
+        .itertuples()
+    ):
         if hypotheses is not None and run.hypothesis not in hypotheses:
             continue
         parts = read_json(Path(run.path) / "config.json").get("face_parts") or FACE_PARTS
@@ -74,7 +99,9 @@ def visual_samples(sweep: Sweep, store=None, count: int = 3, rows=None, hypothes
     return samples
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0009
-def extreme_images(scores: Scores, first: str, second: str, metric: str = "ssim", count: int = 4) -> pd.Series:
+def extreme_images(
+    scores: Scores, first: str, second: str, metric: str = "ssim", count: int = 4
+) -> pd.Series:
     """Gains of the images where the second hypothesis is most ahead of the first, then of those where it is most behind; by image name.
 
     scores: of a sweep. metric: on the face view. count: of each, fewer when there are not as many images.
@@ -83,13 +110,20 @@ def extreme_images(scores: Scores, first: str, second: str, metric: str = "ssim"
     if not len(wide) or not {first, second} <= set(wide.columns.get_level_values(0)):
         return pd.Series(dtype=float)
     score = METRIC_STYLE[metric].score
-    gain = (score(wide[second]) - score(wide[first])).mean(axis=1).dropna().sort_values(ascending=False, kind="stable")
+    gain = (
+        (score(wide[second]) - score(wide[first]))
+        .mean(axis=1)
+        .dropna()
+        .sort_values(ascending=False, kind="stable")
+    )
     count = min(count, len(gain) // 2)
     return pd.concat([gain.head(count), gain.tail(count)[::-1]]) if count else gain.head(0)
 
 
 @styled
-def extremes_plot(samples: dict, gains: pd.Series, first: tuple[str, str], second: tuple[str, str], metric: str = "ssim") -> Figure:
+def extremes_plot(
+    samples: dict, gains: pd.Series, first: tuple[str, str], second: tuple[str, str], metric: str = "ssim"
+) -> Figure:
     """The faces of `extreme_images`: original, first and second model, one column each.
 
     samples: from `visual_samples`, in the order of gains. first, second: (hypothesis, told).
@@ -98,44 +132,60 @@ def extremes_plot(samples: dict, gains: pd.Series, first: tuple[str, str], secon
         return notice(f"{first[1]} and {second[1]} have no finished runs whose models can be loaded.")
     mask = np.asarray(samples["mask"])[..., None]
     rows = [("original", samples["original"])]
-    rows += [(told, mask * samples["recon"][name] + (1 - mask) * samples["original"]) for name, told in (first, second)]
+    rows += [
+        (told, mask * samples["recon"][name] + (1 - mask) * samples["original"])
+        for name, told in (first, second)
+    ]
     count, half, side, gap, label = len(gains), len(gains) // 2, 1.12, 0.22, 1.0
     width, height = label + count * side + gap + 0.05, 0.78 + len(rows) * side + 0.12
     figure = new_figure(width, height, layout="none")
     for column, gain in enumerate(gains):
         x = label + column * side + (gap if column >= half else 0)
         for r, (_, pictures) in enumerate(rows):
-            axis = figure.add_axes((x / width, 1 - (0.78 + (r + 0.98) * side) / height, side * 0.97 / width, side * 0.97 / height))
+            axis = figure.add_axes(
+                (
+                    x / width,
+                    1 - (0.78 + (r + 0.98) * side) / height,
+                    side * 0.97 / width,
+                    side * 0.97 / height,
+                )
+            )
             axis.set_axis_off()
             axis.imshow(np.clip(pictures[column], 0, 1), interpolation="nearest")
-        figure.text((x + side / 2) / width, 1 - 0.72 / height, f"{gain:+.{METRIC_STYLE[metric].digits}f}".replace("-", "−"), ha="center", fontsize=8.5)
+        figure.text(
+            (x + side / 2) / width,
+            1 - 0.72 / height,
+            f"{gain:+.{METRIC_STYLE[metric].digits}f}".replace("-", "−"),
+            ha="center",
+            fontsize=8.5,
+        )
     for r, (told, _) in enumerate(rows):
-        figure.text((label - 0.08) / width, 1 - (0.78 + (r + 0.5) * side) / height, told.replace(" ", "\n", 1), ha="right", va="center", fontsize=8.5)
+        figure.text(
+            (label - 0.08) / width,
+            1 - (0.78 + (r + 0.5) * side) / height,
+            told.replace(" ", "\n", 1),
+            ha="right",
+            va="center",
+            fontsize=8.5,
+        )
     for start, told in ((0, "most ahead"), (half, "most behind")):
         x = label + start * side + (gap if start else 0)
         figure.text(x / width, 1 - 0.5 / height, f"{second[1]} {told}", fontsize=9, fontweight="bold")
     style = METRIC_STYLE[metric]
-    figure.text(0.01, 1 - 0.22 / height, f"{second[1]} against {first[1]}, by {style.label} on the face", fontsize=11, fontweight="bold")
+    figure.text(
+        0.01,
+        1 - 0.22 / height,
+        f"{second[1]} against {first[1]}, by {style.label} on the face",
+        fontsize=11,
+        fontweight="bold",
+    )
     return figure
-
-# %% ../../nbs/11_analysis/04_figures.ipynb #c0014
-from dataclasses import dataclass
-from functools import cached_property
-
-from matplotlib.figure import Figure
-
-from .statistics import QUESTIONS, leader, question_pairs
-from ..core import FaceVAEError
-from .plots import free_pixels_plot, interval_plot, latent_plot, rank_plot, scatter_plot
-from .plots import bars_masks, bars_ssim_with, bars_standalone, training_curves
-from .claims import Findings
-from ..plotting import notice, png
-from .results import load_sweep
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0017
 @dataclass(frozen=True)
 class Plate:
     """A figure with its title and caption."""
+
     title: str
     caption: str
     figure: Figure
@@ -156,7 +206,13 @@ def _extremes(found: Findings, metric: str = "ssim") -> Figure:
         store = sweep_store(found.sweep)
         gains = extreme_images(found.scores, first, second, metric)
         rows = {name: row for row, name in enumerate(store.index["name"])}
-        samples = visual_samples(found.sweep, store, rows=[rows[name] for name in gains.index], hypotheses=(first, second)) if len(gains) else {"recon": {}}
+        samples = (
+            visual_samples(
+                found.sweep, store, rows=[rows[name] for name in gains.index], hypotheses=(first, second)
+            )
+            if len(gains)
+            else {"recon": {}}
+        )
         return extremes_plot(samples, gains, (first, label), (second, f"{label} with masks"), metric)
     except (FaceVAEError, KeyError) as error:
         return notice(f"The faces cannot be drawn: {error}")
@@ -177,39 +233,85 @@ def study_figures(found: Findings, samples: dict | None = None, view: str = "fac
     best = leader(found.summary)
     intervals = "Image by image and seed by seed, what the second of each pair does better."
     return {
-        "interval_masks": Plate("Do face masks help?", "Image by image, the masked model against the unmasked one; right of zero, masks help. Face: face pixels only. Composite: the whole picture, "
-                                "with the true background pasted into both.", interval_plot(found.answers["masks"], QUESTIONS["masks"], ("face", "composite"))),
-        "free_pixels": Plate("How much of the apparent gain is pasted background", "Outputs compared as the models make them: an unmasked model's whole frame against a masked model's, which holds the "
-                             "input's background. Grey: what pasting alone gives the unmasked model. Blue: what the masked model really does better. Orange: what its own mask costs.",
-                             free_pixels_plot(found.apparent)),
-        "scatter_masks": Plate("Each test image", "Every point is a test image. Does every face gain a little, or do a few gain much?", scatter_plot(found.scores, question_pairs(sweep, "masks"))),
-        "faces_masks": Plate("Where do masks help most?", "Test faces ordered by what masks gain on the face: the four that gain most and the four that gain least or lose. Reconstructions of the face "
-                             "with the true background around them, for both models alike.", _extremes(found)),
-        "interval_standalone": Plate("Which standalone loss?", intervals, interval_plot(found.answers["standalone"], QUESTIONS["standalone"])),
-        "interval_with_ssim": Plate("SSIM with l1 or l2?", intervals, interval_plot(found.answers["with_ssim"], QUESTIONS["with_ssim"])),
-        "ranks": Plate("Ranks over metrics", "The rank of each hypothesis on each metric of the face view; a hypothesis that dominates is a row of ones.", rank_plot(found.summary)),
-        "interval_best": Plate("The leader against the others", f"{intervals} The leader, {best}, is the best by mean rank; it was chosen by these numbers, which flatters it a little." if best else intervals,
-                               interval_plot(found.answers["best"], QUESTIONS["best"])),
-        "bars_masks": Plate("Do masks help?", f"Each loss without and with masks, {view} view. Errors, lower is better.{seeds}", bars_masks(table, view, sweep.cells)),
-        "bars_standalone": Plate("Which standalone loss?", f"Losses of a single term, {view} view. Errors, lower is better.{seeds}", bars_standalone(table, view, sweep.cells)),
-        "bars_ssim_with": Plate("SSIM with l1 or l2?", f"SSIM completed by l1 or by l2, {view} view. Errors, lower is better.{seeds}", bars_ssim_with(table, view, sweep.cells)),
-        "visual_comparison": Plate("Faces as each hypothesis draws them", "The first faces of the test split, as each hypothesis draws them. The first two rows of a face are the "
-                                   "decoder's raw output: a masked model leaves its background undefined. Below: the same with the original's background pasted back "
-                                   "by the model's own mask, and that mask beside the true one.", visual_comparison(samples, sweep.cells) if samples else notice(reason)),
-        "latent_use": Plate("Use of the latent space", "How many dimensions of the code a model uses, and how much each tells of a face.", latent_plot(sweep.latents)),
-        "training_curves": Plate("Validation during training", "A row for each loss, a line for each run. The objective of a masked run holds the mask's own terms, "
-                                 "and its image terms see face pixels only, so curves are comparable within a panel's colour, not between colours.", training_curves(sweep.curves)),
+        "interval_masks": Plate(
+            "Do face masks help?",
+            "Image by image, the masked model against the unmasked one; right of zero, masks help. Face: face pixels only. Composite: the whole picture, "
+            "with the true background pasted into both.",
+            interval_plot(found.answers["masks"], QUESTIONS["masks"], ("face", "composite")),
+        ),
+        "free_pixels": Plate(
+            "How much of the apparent gain is pasted background",
+            "Outputs compared as the models make them: an unmasked model's whole frame against a masked model's, which holds the "
+            "input's background. Grey: what pasting alone gives the unmasked model. Blue: what the masked model really does better. Orange: what its own mask costs.",
+            free_pixels_plot(found.apparent),
+        ),
+        "scatter_masks": Plate(
+            "Each test image",
+            "Every point is a test image. Does every face gain a little, or do a few gain much?",
+            scatter_plot(found.scores, question_pairs(sweep, "masks")),
+        ),
+        "faces_masks": Plate(
+            "Where do masks help most?",
+            "Test faces ordered by what masks gain on the face: the four that gain most and the four that gain least or lose. Reconstructions of the face "
+            "with the true background around them, for both models alike.",
+            _extremes(found),
+        ),
+        "interval_standalone": Plate(
+            "Which standalone loss?",
+            intervals,
+            interval_plot(found.answers["standalone"], QUESTIONS["standalone"]),
+        ),
+        "interval_with_ssim": Plate(
+            "SSIM with l1 or l2?",
+            intervals,
+            interval_plot(found.answers["with_ssim"], QUESTIONS["with_ssim"]),
+        ),
+        "ranks": Plate(
+            "Ranks over metrics",
+            "The rank of each hypothesis on each metric of the face view; a hypothesis that dominates is a row of ones.",
+            rank_plot(found.summary),
+        ),
+        "interval_best": Plate(
+            "The leader against the others",
+            f"{intervals} The leader, {best}, is the best by mean rank; it was chosen by these numbers, which flatters it a little."
+            if best
+            else intervals,
+            interval_plot(found.answers["best"], QUESTIONS["best"]),
+        ),
+        "bars_masks": Plate(
+            "Do masks help?",
+            f"Each loss without and with masks, {view} view. Errors, lower is better.{seeds}",
+            bars_masks(table, view, sweep.cells),
+        ),
+        "bars_standalone": Plate(
+            "Which standalone loss?",
+            f"Losses of a single term, {view} view. Errors, lower is better.{seeds}",
+            bars_standalone(table, view, sweep.cells),
+        ),
+        "bars_ssim_with": Plate(
+            "SSIM with l1 or l2?",
+            f"SSIM completed by l1 or by l2, {view} view. Errors, lower is better.{seeds}",
+            bars_ssim_with(table, view, sweep.cells),
+        ),
+        "visual_comparison": Plate(
+            "Faces as each hypothesis draws them",
+            "The first faces of the test split, as each hypothesis draws them. The first two rows of a face are the "
+            "decoder's raw output: a masked model leaves its background undefined. Below: the same with the original's background pasted back "
+            "by the model's own mask, and that mask beside the true one.",
+            visual_comparison(samples, sweep.cells) if samples else notice(reason),
+        ),
+        "latent_use": Plate(
+            "Use of the latent space",
+            "How many dimensions of the code a model uses, and how much each tells of a face.",
+            latent_plot(sweep.latents),
+        ),
+        "training_curves": Plate(
+            "Validation during training",
+            "A row for each loss, a line for each run. The objective of a masked run holds the mask's own terms, "
+            "and its image terms see face pixels only, so curves are comparable within a panel's colour, not between colours.",
+            training_curves(sweep.curves),
+        ),
     }
-
-# %% ../../nbs/11_analysis/04_figures.ipynb #c0020
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-
-from .results import ERRORS, METRIC_STYLE, loss_key, mask_pairs
-from ..plotting import LOSS_COLORS, WITH, WITHOUT, new_figure, notice, png, styled
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0021
 @styled
@@ -223,7 +325,11 @@ def visual_comparison(samples: dict, cells: pd.DataFrame) -> Figure:
     recon, predicted, soft = (samples.get(key, {}) for key in ("recon", "predicted", "predicted_mask"))
     rows = [("without\nmasks", "without", recon), ("with\nmasks", "masked", recon)]
     rows = [row for row in rows if pairs[row[1]].notna().any()]
-    rows += [(label, "masked", source) for label, source in (("pasted by\nown mask", predicted), ("predicted\nmask", soft)) if source]
+    rows += [
+        (label, "masked", source)
+        for label, source in (("pasted by\nown mask", predicted), ("predicted\nmask", soft))
+        if source
+    ]
     count, wide = len(samples["original"]), 1 + len(pairs)
     side = min(1.25, 9 / (wide + 0.5))
     figure = new_figure(side * wide + 0.75, 0.32 + count * (len(rows) * side + 0.12), layout="none")
@@ -231,19 +337,70 @@ def visual_comparison(samples: dict, cells: pd.DataFrame) -> Figure:
     for face in range(count):
         for r, (label, side_name, source) in enumerate(rows):
             top = 0.32 + face * (len(rows) * side + 0.12) + r * side
-            first = samples["original"][face] if r == 0 else samples["mask"][face] if source is soft and "mask" in samples else None
-            pictures = [first] + [source[name][face] if (name := getattr(pair, side_name)) in source else ("missing" if name else "not asked") if r < 2 or name else None
-                                  for pair in pairs.itertuples()]
+            first = (
+                samples["original"][face]
+                if r == 0
+                else samples["mask"][face]
+                if source is soft and "mask" in samples
+                else None
+            )
+            pictures = [first] + [
+                source[name][face]
+                if (name := getattr(pair, side_name)) in source
+                else ("missing" if name else "not asked")
+                if r < 2 or name
+                else None
+                for pair in pairs.itertuples()
+            ]
             for c, picture in enumerate(pictures):
-                axis = figure.add_axes(((0.75 + c * side) / width, 1 - (top + side * 0.98) / height, side * 0.98 / width, side * 0.98 / height))
+                axis = figure.add_axes(
+                    (
+                        (0.75 + c * side) / width,
+                        1 - (top + side * 0.98) / height,
+                        side * 0.98 / width,
+                        side * 0.98 / height,
+                    )
+                )
                 axis.set_axis_off()
                 if isinstance(picture, str):
-                    axis.add_patch(Rectangle((0, 0), 1, 1, facecolor="none", edgecolor="#bbbbbb", hatch="////"))
-                    axis.text(0.5, 0.5, picture, ha="center", va="center", fontsize=8, color="#555555",
-                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+                    axis.add_patch(
+                        Rectangle((0, 0), 1, 1, facecolor="none", edgecolor="#bbbbbb", hatch="////")
+                    )
+                    axis.text(
+                        0.5,
+                        0.5,
+                        picture,
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="#555555",
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+                    )
                 elif picture is not None:
-                    axis.imshow(picture, cmap="gray", vmin=0, vmax=1 if np.asarray(picture).max() <= 1 else 255, interpolation="nearest")
-            figure.text(0.7 / width, 1 - (top + side / 2) / height, label, rotation=90, ha="right", va="center", fontsize=8, linespacing=1.1)
+                    axis.imshow(
+                        picture,
+                        cmap="gray",
+                        vmin=0,
+                        vmax=1 if np.asarray(picture).max() <= 1 else 255,
+                        interpolation="nearest",
+                    )
+            figure.text(
+                0.7 / width,
+                1 - (top + side / 2) / height,
+                label,
+                rotation=90,
+                ha="right",
+                va="center",
+                fontsize=8,
+                linespacing=1.1,
+            )
     for c, label in enumerate(["original", *pairs.label]):
-        figure.text((0.75 + (c + 0.49) * side) / width, 1 - 0.27 / height, label, ha="center", fontsize=9, fontweight="bold")
+        figure.text(
+            (0.75 + (c + 0.49) * side) / width,
+            1 - 0.27 / height,
+            label,
+            ha="center",
+            fontsize=9,
+            fontweight="bold",
+        )
     return figure

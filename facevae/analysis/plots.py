@@ -7,18 +7,31 @@ __all__ = ['SLOTS', 'PARTS', 'bars', 'bars_masks', 'bars_standalone', 'bars_ssim
            'interval_plot', 'rank_plot', 'scatter_plot', 'free_pixels_plot', 'latent_plot']
 
 # %% ../../nbs/11_analysis/03_plots.ipynb #c0003
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
-from .results import ERRORS, METRIC_STYLE, loss_key, mask_pairs
-from ..plotting import LOSS_COLORS, WITH, WITHOUT, new_figure, notice, png, styled
+from facevae.analysis.results import (
+    ERRORS,
+    METRIC_STYLE,
+    load_sweep,
+    loss_key,
+    mask_pairs,
+    over_seeds,
+    results,
+)
+from .statistics import Scores, answer, apparent_gain, question_pairs, ranks
+from ..plotting import LOSS_COLORS, VIEW_STYLE, WITH, WITHOUT, new_figure, notice, png, styled
 
 # %% ../../nbs/11_analysis/03_plots.ipynb #c0006
 @styled
-def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str, str | None, str]]]], title: str) -> Figure:
+def bars(
+    table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str, str | None, str]]]], title: str
+) -> Figure:
     """Grouped bars, a panel for each metric.
 
     table: from `results`. view: raw, composite, face or predicted. groups: (label, [(series, hypothesis or None, colour)]).
@@ -31,7 +44,7 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
     rows = -(-len(shown) // columns)
     figure = new_figure(9.6, 0.9 + 2.1 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(shown):]:
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
     missing, several = False, (part.groupby("hypothesis").seed.nunique() > 1).any()
     for axis, name in zip(axes, shown):
@@ -41,20 +54,60 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
             width = 0.84 / len(members)
             for m, (series, hypothesis, color) in enumerate(members):
                 x = g + (m - (len(members) - 1) / 2) * width
-                seeds = style.error(part[part.hypothesis == hypothesis].sort_values("seed")[name].dropna().to_numpy())
+                seeds = style.error(
+                    part[part.hypothesis == hypothesis].sort_values("seed")[name].dropna().to_numpy()
+                )
                 if not len(seeds):
                     missing = True
-                    axis.bar(x, top * 0.97, width * 0.92, facecolor="none", edgecolor="#bbbbbb", hatch="////", linewidth=0.6)
-                    axis.text(x, top * 0.485, "missing" if hypothesis else "not asked", rotation=90, ha="center", va="center", fontsize=7, color="#555555",
-                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+                    axis.bar(
+                        x,
+                        top * 0.97,
+                        width * 0.92,
+                        facecolor="none",
+                        edgecolor="#bbbbbb",
+                        hatch="////",
+                        linewidth=0.6,
+                    )
+                    axis.text(
+                        x,
+                        top * 0.485,
+                        "missing" if hypothesis else "not asked",
+                        rotation=90,
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="#555555",
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                    )
                     continue
                 axis.bar(x, seeds.mean(), width * 0.92, color=color)
-                dark = sum(int(color[i:i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) < 130
-                axis.text(x, top * 0.02, f"{seeds.mean():.{3 if top < 3 else 2}f}", rotation=90, ha="center", va="bottom", fontsize=7,
-                          color="white" if dark else "black")
+                dark = sum(int(color[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) < 130
+                axis.text(
+                    x,
+                    top * 0.02,
+                    f"{seeds.mean():.{3 if top < 3 else 2}f}",
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
                 if several:
-                    spread = (np.arange(len(seeds)) - (len(seeds) - 1) / 2) * min(0.32 / len(seeds), 0.16) * width * 2
-                    axis.plot(x + spread, seeds, "o", markersize=2.6, markerfacecolor="white", markeredgecolor="#222222", markeredgewidth=0.6)
+                    spread = (
+                        (np.arange(len(seeds)) - (len(seeds) - 1) / 2)
+                        * min(0.32 / len(seeds), 0.16)
+                        * width
+                        * 2
+                    )
+                    axis.plot(
+                        x + spread,
+                        seeds,
+                        "o",
+                        markersize=2.6,
+                        markerfacecolor="white",
+                        markeredgecolor="#222222",
+                        markeredgewidth=0.6,
+                    )
         axis.set(title=style.error_label, ylim=(0, top), xlim=(-0.55, len(groups) - 0.45))
         axis.set_xticks(range(len(groups)), [label.replace("+", "\n+") for label, _ in groups], fontsize=8.5)
         axis.tick_params(axis="x", length=0)
@@ -62,7 +115,18 @@ def bars(table: pd.DataFrame, view: str, groups: list[tuple[str, list[tuple[str,
     entries = dict.fromkeys((series, color) for _, members in groups for series, _, color in members)
     handles = [Patch(facecolor=color, label=series) for series, color in entries]
     if several:
-        handles.append(Line2D([], [], marker="o", linestyle="none", markersize=4, markerfacecolor="white", markeredgecolor="#222222", label="one seed"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="none",
+                markersize=4,
+                markerfacecolor="white",
+                markeredgecolor="#222222",
+                label="one seed",
+            )
+        )
     if missing:
         handles.append(Patch(facecolor="white", edgecolor="#bbbbbb", hatch="////", label="no result"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
@@ -79,20 +143,36 @@ def bars_masks(table: pd.DataFrame, view: str = "face", cells: pd.DataFrame | No
     table: from `results`. cells: what was asked (`Sweep.cells`), so that runs without a result are drawn as missing.
     """
     pairs = mask_pairs(table if cells is None else cells)
-    groups = [(pair.label, [("without masks", pair.without, WITHOUT), ("with masks", pair.masked, WITH)])
-              for pair in pairs.itertuples()]
+    groups = [
+        (pair.label, [("without masks", pair.without, WITHOUT), ("with masks", pair.masked, WITH)])
+        for pair in pairs.itertuples()
+    ]
     return bars(table, view, groups, "Do masks help?")
 
 
-SLOTS = {loss_key(terms): slot for terms, slot in (("l1", 0), ("l2", 1), ("ssim", 2), ("ssim+l1", 0), ("ssim+l2", 1))}  # a loss keeps its colour
+SLOTS = {
+    loss_key(terms): slot
+    for terms, slot in (("l1", 0), ("l2", 1), ("ssim", 2), ("ssim+l1", 0), ("ssim+l2", 1))
+}  # a loss keeps its colour
 
 
 def _by_mask(table, view, cells, keep, title):
     pairs = mask_pairs(table if cells is None else cells)
     pairs = pairs[[keep(terms) for terms in pairs.terms]].reset_index(drop=True)
-    groups = [(label, [(pair.label, getattr(pair, side), LOSS_COLORS[SLOTS.get(loss_key(pair.terms), 3 + i) % len(LOSS_COLORS)])
-                       for i, pair in enumerate(pairs.itertuples())])
-              for label, side in (("without masks", "without"), ("with masks", "masked"))]
+    groups = [
+        (
+            label,
+            [
+                (
+                    pair.label,
+                    getattr(pair, side),
+                    LOSS_COLORS[SLOTS.get(loss_key(pair.terms), 3 + i) % len(LOSS_COLORS)],
+                )
+                for i, pair in enumerate(pairs.itertuples())
+            ],
+        )
+        for label, side in (("without masks", "without"), ("with masks", "masked"))
+    ]
     return bars(table, view, groups if len(pairs) else [], title)
 
 
@@ -117,7 +197,12 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         return notice("No run has logged anything yet.")
     pairs = mask_pairs(curves)
     most = max(len(terms.split("+")) for terms in pairs.terms)
-    titles = ["objective"] + ["image term"] * most + ["kl"] + (["mask terms"] if curves["mask"].astype(bool).any() else [])
+    titles = (
+        ["objective"]
+        + ["image term"] * most
+        + ["kl"]
+        + (["mask terms"] if curves["mask"].astype(bool).any() else [])
+    )
     figure = new_figure(9.6, 0.8 + 1.6 * len(pairs))
     grid = figure.subplots(len(pairs), len(titles), squeeze=False, sharex=True)
     for row, pair in zip(grid, pairs.itertuples(index=False)):
@@ -132,11 +217,20 @@ def training_curves(curves: pd.DataFrame) -> Figure:
                     kind = "validation" if (run.kind == "validation").any() else "train"
                     run = run[run.kind == kind]
                     rest = ~run.term.isin(slots[:-1])
-                    line = run[rest].groupby("step").weighted.sum() if slot == "rest" else run[run.term == slot].groupby("step").raw.last()
+                    line = (
+                        run[rest].groupby("step").weighted.sum()
+                        if slot == "rest"
+                        else run[run.term == slot].groupby("step").raw.last()
+                    )
                     if len(line):
                         empty = False
-                        axis.plot(line.index, line, color=color, linestyle="-" if kind == "validation" else "--",
-                                  marker="." if len(line) == 1 else None)
+                        axis.plot(
+                            line.index,
+                            line,
+                            color=color,
+                            linestyle="-" if kind == "validation" else "--",
+                            marker="." if len(line) == 1 else None,
+                        )
             if empty:
                 axis.set_axis_off()
             axis.locator_params(axis="y", nbins=4)
@@ -144,29 +238,22 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             axis.ticklabel_format(style="sci", axis="both", scilimits=(-3, 4))
             axis.tick_params(labelsize=7.5)
             axis.yaxis.get_offset_text().set_fontsize(7)
-            axis.set_title({"loss": "objective", "rest": "mask terms"}.get(slot, slot or ""), fontsize=9, fontweight="normal")
+            axis.set_title(
+                {"loss": "objective", "rest": "mask terms"}.get(slot, slot or ""),
+                fontsize=9,
+                fontweight="normal",
+            )
         row[0].set_ylabel(label, fontweight="bold", fontsize=9.5)
     figure.align_ylabels(grid[:, 0])
     for axis in grid[-1]:
         axis.set_xlabel("step", fontsize=8.5)
-    handles = [Line2D([], [], color=WITHOUT, label="without masks"), Line2D([], [], color=WITH, label="with masks")]
+    handles = [
+        Line2D([], [], color=WITHOUT, label="without masks"),
+        Line2D([], [], color=WITH, label="with masks"),
+    ]
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
     figure.suptitle("Validation during training", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     return figure
-
-# %% ../../nbs/11_analysis/03_plots.ipynb #c0019
-import textwrap
-
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-
-from .results import ERRORS, METRIC_STYLE, loss_key, mask_pairs, over_seeds, results
-from .statistics import Scores, answer, apparent_gain, question_pairs, ranks
-from ..plotting import LOSS_COLORS, VIEW_STYLE, WITH, WITHOUT, new_figure, notice, png, styled
-from .results import load_sweep
 
 # %% ../../nbs/11_analysis/03_plots.ipynb #c0022
 def title(figure: Figure, text: str, note: str = "") -> None:
@@ -191,7 +278,7 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
     rows = -(-len(shown) // columns)
     figure = new_figure(9.6, 1 + rows * (0.7 + (0.24 + 0.06 * len(views)) * len(labels)))
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axis in axes[len(shown):]:
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
     step = 0.72 / max(len(views), 2)
     for axis, name in zip(axes, shown):
@@ -202,7 +289,15 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
             axis.hlines(y, part.low, part.high, color=color, linewidth=2, alpha=0.7)
             sure = (part.verdict != "undecided").to_numpy()
             axis.plot(part.improvement[sure], y[sure], marker, color=color, markersize=4.8, linestyle="none")
-            axis.plot(part.improvement[~sure], y[~sure], marker, markerfacecolor="white", markeredgecolor=color, markersize=4.8, linestyle="none")
+            axis.plot(
+                part.improvement[~sure],
+                y[~sure],
+                marker,
+                markerfacecolor="white",
+                markeredgecolor=color,
+                markersize=4.8,
+                linestyle="none",
+            )
         axis.axvline(0, color="#222222", linewidth=0.9)
         unit = METRIC_STYLE[name].unit
         axis.set_title(METRIC_STYLE[name].label + (f" ({unit})" if unit else ""))
@@ -211,13 +306,31 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
         axis.locator_params(axis="x", nbins=4 if max(map(len, labels)) < 20 else 3)
         axis.tick_params(axis="y", length=0)
         axis.tick_params(axis="x", labelsize=8)
-    handles = [Line2D([], [], color=VIEW_STYLE[view][0], marker=VIEW_STYLE[view][1], label=view) for view in views] if len(views) > 1 else []
-    handles += [Line2D([], [], color="#444444", marker="o", linestyle="none", label="p < 0.05, corrected"),
-                Line2D([], [], markeredgecolor="#444444", markerfacecolor="white", marker="o", linestyle="none", label="undecided")]
+    handles = (
+        [Line2D([], [], color=VIEW_STYLE[view][0], marker=VIEW_STYLE[view][1], label=view) for view in views]
+        if len(views) > 1
+        else []
+    )
+    handles += [
+        Line2D([], [], color="#444444", marker="o", linestyle="none", label="p < 0.05, corrected"),
+        Line2D(
+            [],
+            [],
+            markeredgecolor="#444444",
+            markerfacecolor="white",
+            marker="o",
+            linestyle="none",
+            label="undecided",
+        ),
+    ]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8.5)
     covers = "images and seeds" if (table.seeds > 1).any() else "images, not training noise (one seed)"
-    title(figure, heading, f"Improvement of the second over the first, in each metric's own unit: right of 0 the second is better. Bars: 95 % intervals over {covers}"
-          + (f"; {views[0]} view." if len(views) == 1 else "."))
+    title(
+        figure,
+        heading,
+        f"Improvement of the second over the first, in each metric's own unit: right of 0 the second is better. Bars: 95 % intervals over {covers}"
+        + (f"; {views[0]} view." if len(views) == 1 else "."),
+    )
     return figure
 
 # %% ../../nbs/11_analysis/03_plots.ipynb #c0026
@@ -230,17 +343,31 @@ def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
     mean = table.mean(axis=1).sort_values(kind="stable")
     table = table.loc[mean.index]
     about = summary.drop_duplicates("hypothesis").set_index("hypothesis")
-    labels = [f"{name}   {about.terms[name]}{', masks' if about['mask'][name] else ''}" for name in table.index]
+    labels = [
+        f"{name}   {about.terms[name]}{', masks' if about['mask'][name] else ''}" for name in table.index
+    ]
     figure = new_figure(2.2 + 0.78 * (len(table.columns) + 1), 1 + 0.36 * len(table))
     axis = figure.subplots()
     shown = np.column_stack([table.to_numpy(), mean.to_numpy()])
     axis.imshow(shown, cmap="Blues_r", vmin=1 - 0.5 * len(table), vmax=len(table) + 0.5, aspect="auto")
     for (row, column), value in np.ndenumerate(shown):
         last = column == shown.shape[1] - 1
-        axis.text(column, row, f"{value:.1f}" if last or value % 1 else f"{value:.0f}", ha="center", va="center", fontsize=9,
-                  fontweight="bold" if value == 1 or last else "normal", color="#10202e")
+        axis.text(
+            column,
+            row,
+            f"{value:.1f}" if last or value % 1 else f"{value:.0f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            fontweight="bold" if value == 1 or last else "normal",
+            color="#10202e",
+        )
     axis.axvline(shown.shape[1] - 1.5, color="white", linewidth=4)
-    axis.set_xticks(range(shown.shape[1]), [METRIC_STYLE[name].label.replace("Colour ", "Colour\n") for name in table.columns] + ["mean\nrank"], fontsize=8.5)
+    axis.set_xticks(
+        range(shown.shape[1]),
+        [METRIC_STYLE[name].label.replace("Colour ", "Colour\n") for name in table.columns] + ["mean\nrank"],
+        fontsize=8.5,
+    )
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
@@ -252,14 +379,28 @@ def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
 
 # %% ../../nbs/11_analysis/03_plots.ipynb #c0029
 @styled
-def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tuple[str, ...] = ("ssim", "l1"), view: str = "face",
-                 names: tuple[str, str] = ("without masks", "with masks")) -> Figure:
+def scatter_plot(
+    scores: Scores,
+    pairs: list[tuple[str, str, str]],
+    metrics: tuple[str, ...] = ("ssim", "l1"),
+    view: str = "face",
+    names: tuple[str, str] = ("without masks", "with masks"),
+) -> Figure:
     """Per-image values of one hypothesis against another's: a column for each pair, a row for each metric.
 
     scores: of a sweep. pairs: (label, first, second), from `question_pairs`. names: of the axes.
     """
-    blocks = {(metric, label): scores.pair(metric, view, first, second) for metric in metrics if metric in scores.names for label, first, second in pairs}
-    shown = [pair for pair in pairs if any(blocks[metric, pair[0]][0].size for metric in metrics if (metric, pair[0]) in blocks)]
+    blocks = {
+        (metric, label): scores.pair(metric, view, first, second)
+        for metric in metrics
+        if metric in scores.names
+        for label, first, second in pairs
+    }
+    shown = [
+        pair
+        for pair in pairs
+        if any(blocks[metric, pair[0]][0].size for metric in metrics if (metric, pair[0]) in blocks)
+    ]
     metrics = [metric for metric in metrics if metric in scores.names]
     if not shown or not metrics:
         return notice("No pair of finished runs has images to compare.")
@@ -274,10 +415,26 @@ def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tup
         edge = 0.03 * (high - low) or 0.01
         for axis, (label, _, _), (a, b) in zip(row, shown, found):
             axis.plot((low, high), (low, high), color="#222222", linewidth=0.9, zorder=3)
-            axis.scatter(a, b, s=max(2, min(14, 2500 / max(len(a), 1))), color=WITH, alpha=min(0.7, max(0.08, 40 / max(len(a), 1))), linewidths=0, rasterized=len(a) > 2000)
+            axis.scatter(
+                a,
+                b,
+                s=max(2, min(14, 2500 / max(len(a), 1))),
+                color=WITH,
+                alpha=min(0.7, max(0.08, 40 / max(len(a), 1))),
+                linewidths=0,
+                rasterized=len(a) > 2000,
+            )
             share = (style.score(b) > style.score(a)).mean()
-            axis.text(0.04, 0.96, f"{share:.0%} better".replace("%", " %"), transform=axis.transAxes, va="top", fontsize=8.5,
-                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}, zorder=4)
+            axis.text(
+                0.04,
+                0.96,
+                f"{share:.0%} better".replace("%", " %"),
+                transform=axis.transAxes,
+                va="top",
+                fontsize=8.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+                zorder=4,
+            )
             axis.set(xlim=(low - edge, high + edge), ylim=(low - edge, high + edge), aspect="equal")
             axis.locator_params(nbins=4)
             axis.tick_params(labelsize=7.5)
@@ -286,12 +443,19 @@ def scatter_plot(scores: Scores, pairs: list[tuple[str, str, str]], metrics: tup
     for axis in grid[-1]:
         axis.set_xlabel(names[0], fontsize=8.5)
     arrows = ", ".join(f"{METRIC_STYLE[metric].label} {METRIC_STYLE[metric].arrow}" for metric in metrics)
-    title(figure, f"Each test image, {names[0]} and {names[1]} ({view} view)", f"{arrows} (the direction of better values). A point is an image, averaged over seeds.")
+    title(
+        figure,
+        f"Each test image, {names[0]} and {names[1]} ({view} view)",
+        f"{arrows} (the direction of better values). A point is an image, averaged over seeds.",
+    )
     return figure
 
 # %% ../../nbs/11_analysis/03_plots.ipynb #c0032
-PARTS = {"pasted": ("pasting the true background, same unmasked model", "#c9ced3"), "better": ("masked model, same pasting", WITH),
-         "own_mask": ("its own mask instead of the true one", "#d55e00")}
+PARTS = {
+    "pasted": ("pasting the true background, same unmasked model", "#c9ced3"),
+    "better": ("masked model, same pasting", WITH),
+    "own_mask": ("its own mask instead of the true one", "#d55e00"),
+}
 
 
 @styled
@@ -311,7 +475,9 @@ def free_pixels_plot(table: pd.DataFrame, metrics: tuple[str, ...] = ("l1", "l2"
             left = np.where(width >= 0, ends[1], ends[-1])
             axis.barh(range(len(part)), width, left=left, color=color, height=0.62)
             ends[1], ends[-1] = ends[1] + np.maximum(width, 0), ends[-1] + np.minimum(width, 0)
-        axis.plot(part.apparent * share, range(len(part)), "|", color="black", markersize=14, markeredgewidth=1.8)
+        axis.plot(
+            part.apparent * share, range(len(part)), "|", color="black", markersize=14, markeredgewidth=1.8
+        )
         axis.axvline(0, color="#222222", linewidth=0.9)
         axis.set_title(METRIC_STYLE[metric].label)
         axis.set_yticks(range(len(labels)), labels)
@@ -321,7 +487,18 @@ def free_pixels_plot(table: pd.DataFrame, metrics: tuple[str, ...] = ("l1", "l2"
         axis.tick_params(axis="y", length=0)
         axis.set_xlabel("% of the unmasked, raw", fontsize=8)
     handles = [Patch(facecolor=color, label=told) for told, color in PARTS.values()]
-    handles.append(Line2D([], [], color="black", marker="|", linestyle="none", markersize=10, markeredgewidth=1.8, label="apparent gain"))
+    handles.append(
+        Line2D(
+            [],
+            [],
+            color="black",
+            marker="|",
+            linestyle="none",
+            markersize=10,
+            markeredgewidth=1.8,
+            label="apparent gain",
+        )
+    )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     title(figure, "How much of the apparent gain is pasted background")
     return figure
@@ -331,12 +508,17 @@ def free_pixels_plot(table: pd.DataFrame, metrics: tuple[str, ...] = ("l1", "l2"
 def latent_plot(latents: pd.DataFrame) -> Figure:
     """KL by dimension, and how many dimensions are active, for each hypothesis. latents: `Sweep.latents`."""
     if latents.empty:
-        return notice("No finished run has told how it uses its latent space: they were evaluated by an older version.")
+        return notice(
+            "No finished run has told how it uses its latent space: they were evaluated by an older version."
+        )
     pairs = mask_pairs(latents)
     figure = new_figure(9.6, 3.4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     order = latents.sort_values("kl", ascending=False)
-    several, floor = latents.groupby("hypothesis").seed.nunique().max() > 1, max(latents.kl.max() * 1e-5, 1e-6)
+    several, floor = (
+        latents.groupby("hypothesis").seed.nunique().max() > 1,
+        max(latents.kl.max() * 1e-5, 1e-6),
+    )
     for i, pair in enumerate(pairs.itertuples()):
         color = LOSS_COLORS[i % len(LOSS_COLORS)]
         for hypothesis, line, offset in ((pair.without, "--", -0.17), (pair.masked, "-", 0.17)):
@@ -347,20 +529,58 @@ def latent_plot(latents: pd.DataFrame) -> Figure:
             left.plot(by_rank.index, by_rank.where(by_rank > floor), line, color=color, linewidth=1.5)
             active = runs.groupby("seed").active.sum()
             right.barh(i + offset, active.mean(), 0.3, color=WITH if line == "-" else WITHOUT)
-            right.plot(active, np.full(len(active), i + offset), "o", markersize=3, markerfacecolor="white", markeredgecolor="#222222", markeredgewidth=0.6, clip_on=False)
+            right.plot(
+                active,
+                np.full(len(active), i + offset),
+                "o",
+                markersize=3,
+                markerfacecolor="white",
+                markeredgecolor="#222222",
+                markeredgewidth=0.6,
+                clip_on=False,
+            )
     left.set(yscale="log", xlabel="dimension, by falling KL", ylabel="KL (nats)", title="KL by dimension")
     left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.legend(handles=[Line2D([], [], color=LOSS_COLORS[i % len(LOSS_COLORS)], label=label) for i, label in enumerate(pairs.label)]
-                + [Line2D([], [], color="#444444", linestyle=line, label=told) for line, told in (("--", "without masks"), ("-", "with masks"))],
-                fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    left.legend(
+        handles=[
+            Line2D([], [], color=LOSS_COLORS[i % len(LOSS_COLORS)], label=label)
+            for i, label in enumerate(pairs.label)
+        ]
+        + [
+            Line2D([], [], color="#444444", linestyle=line, label=told)
+            for line, told in (("--", "without masks"), ("-", "with masks"))
+        ],
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+    )
     dimensions = latents.dimension.nunique()
     right.set(title=f"Active dimensions of {dimensions}", xlim=(0, dimensions), ylim=(len(pairs) - 0.4, -0.6))
     right.set_yticks(range(len(pairs)), pairs.label)
     right.tick_params(axis="y", length=0)
     right.grid(axis="y", visible=False)
     handles = [Patch(facecolor=WITHOUT, label="without masks"), Patch(facecolor=WITH, label="with masks")]
-    handles += [Line2D([], [], marker="o", linestyle="none", markersize=4, markerfacecolor="white", markeredgecolor="#222222", label="one seed")] if several else []
+    handles += (
+        [
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="none",
+                markersize=4,
+                markerfacecolor="white",
+                markeredgecolor="#222222",
+                label="one seed",
+            )
+        ]
+        if several
+        else []
+    )
     figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8.5)
-    title(figure, "Use of the latent space", "A dimension is active when its posterior mean varies over test faces by more than 0.01 (Burda et al. 2016)."
-          + (" KL: ranks within each run, then means over seeds." if several else ""))
+    title(
+        figure,
+        "Use of the latent space",
+        "A dimension is active when its posterior mean varies over test faces by more than 0.01 (Burda et al. 2016)."
+        + (" KL: ranks within each run, then means over seeds." if several else ""),
+    )
     return figure

@@ -16,20 +16,31 @@ from importlib.resources import files
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pandas as pd
 
 from .. import __version__
-from .results import METRIC_STYLE, present_metrics
-from .statistics import QUESTIONS
-from ..core import FaceVAEError, printable, write_text
 from .claims import Findings
-from .tables import latex_table, markdown_table, paper_rows
-from .tables import all_tables, authors_table, cell, comparison_section, findings, left, mask_sentences
-from .tables import claims_rows, verdict_sentence, verdict_tables
 from .figures import Plate, study_figures
+from .results import METRIC_STYLE, Sweep, load_sweep, present_metrics
+from .statistics import QUESTIONS
+from facevae.analysis.tables import (
+    all_tables,
+    authors_table,
+    cell,
+    claims_rows,
+    comparison_section,
+    findings,
+    latex_table,
+    left,
+    markdown_table,
+    mask_sentences,
+    md,
+    paper_rows,
+    verdict_sentence,
+    verdict_tables,
+)
+from ..core import printable, write_text
 from ..plotting import save
-from .results import Sweep, load_sweep
 from ..safe_io import inside
 
 # %% ../../nbs/11_analysis/06_report.ipynb #c0006
@@ -37,22 +48,62 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """What was run, as (name, value) pairs; only what is known."""
     manifest, cells = sweep.manifest, sweep.cells
     done = cells[cells.state == "done"]
-    single = lambda values: ", ".join(dict.fromkeys(str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values if pd.notna(v)))
+    single = lambda values: ", ".join(
+        dict.fromkeys(
+            str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values if pd.notna(v)
+        )
+    )
     source = manifest.get("data_source") or {}
-    told = ", ".join(f"{key} {value}" for key, value in source.items() if key != "kind" and value not in (None, "")) if isinstance(source, dict) else ""
+    told = (
+        ", ".join(
+            f"{key} {value}" for key, value in source.items() if key != "kind" and value not in (None, "")
+        )
+        if isinstance(source, dict)
+        else ""
+    )
     versions = next((v for v in cells.versions if isinstance(v, dict)), {}) if len(cells) else {}
     seconds = pd.to_numeric(cells.seconds).sum()
-    pairs = [("Data", f"{manifest.get('data', '')}" + (f" ({source.get('kind', 'unnamed')}{': ' if told else ''}{told})" if source else "")),
-             ("Preset", " ".join([str(manifest.get("preset", "")), *(f"{k}={json.dumps(v)}" for k, v in (manifest.get("settings") or {}).items())])),
-             ("Picture size", f"{single(done['size'])} px" if "size" in done and len(done) else ""),
-             ("Training", f"{single(done.steps)} steps of {single(done['batch_size'])} images" if "batch_size" in done and len(done) else f"{single(done.steps)} steps"),
-             ("Runs", f"{len(done)} of {len(cells)} finished: {cells.hypothesis.nunique()} hypotheses, seeds {', '.join(map(str, manifest.get('seeds', [])))}"),
-             ("Test images", single(done.images)),
-             ("Time", f"{seconds / 60:.1f} minutes of training and evaluation, summed over runs" if seconds else ""),
-             ("Speed", f"{pd.to_numeric(done.images_per_second).median():.0f} training images/s a run (median)" if done.images_per_second.notna().any() else ""),
-             ("Trained on", single(cells.device)),
-             ("Versions", ", ".join(f"{name} {value}" for name, value in versions.items())),
-             ("Report made with", f"facevae {__version__}, Python {platform.python_version()}")]
+    pairs = [
+        (
+            "Data",
+            f"{manifest.get('data', '')}"
+            + (f" ({source.get('kind', 'unnamed')}{': ' if told else ''}{told})" if source else ""),
+        ),
+        (
+            "Preset",
+            " ".join(
+                [
+                    str(manifest.get("preset", "")),
+                    *(f"{k}={json.dumps(v)}" for k, v in (manifest.get("settings") or {}).items()),
+                ]
+            ),
+        ),
+        ("Picture size", f"{single(done['size'])} px" if "size" in done and len(done) else ""),
+        (
+            "Training",
+            f"{single(done.steps)} steps of {single(done['batch_size'])} images"
+            if "batch_size" in done and len(done)
+            else f"{single(done.steps)} steps",
+        ),
+        (
+            "Runs",
+            f"{len(done)} of {len(cells)} finished: {cells.hypothesis.nunique()} hypotheses, seeds {', '.join(map(str, manifest.get('seeds', [])))}",
+        ),
+        ("Test images", single(done.images)),
+        (
+            "Time",
+            f"{seconds / 60:.1f} minutes of training and evaluation, summed over runs" if seconds else "",
+        ),
+        (
+            "Speed",
+            f"{pd.to_numeric(done.images_per_second).median():.0f} training images/s a run (median)"
+            if done.images_per_second.notna().any()
+            else "",
+        ),
+        ("Trained on", single(cells.device)),
+        ("Versions", ", ".join(f"{name} {value}" for name, value in versions.items())),
+        ("Report made with", f"facevae {__version__}, Python {platform.python_version()}"),
+    ]
     return [(name, value) for name, value in pairs if value.strip() and value != " steps"]
 
 
@@ -63,12 +114,19 @@ def commands(sweep: Sweep) -> str:
     lines = []
     if isinstance(source, dict) and source.get("kind") == "synthetic" and {"count", "seed"} <= set(source):
         # Somebody will paste these lines, and the file may be a stranger's.
-        options = " ".join(f"--{key} {shlex.quote(str(source[key]))}" for key in ("count", "seed", "size") if key in source)
+        options = " ".join(
+            f"--{key} {shlex.quote(str(source[key]))}" for key in ("count", "seed", "size") if key in source
+        )
         lines.append(f"facevae pack synthetic {options} --out {data}")
     names = ",".join(str(h["name"]) for h in manifest["hypotheses"])
-    settings = "".join(f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in (manifest.get("settings") or {}).items())
-    lines.append(f"facevae ablate --data {data} --out {shlex.quote(str(sweep.path))} --hypotheses {shlex.quote(names)} "
-                 f"--seeds {','.join(map(str, manifest['seeds']))} --preset {shlex.quote(str(manifest.get('preset', 'quick')))}{settings}")
+    settings = "".join(
+        f" --set {shlex.quote(f'{key}={json.dumps(value)}')}"
+        for key, value in (manifest.get("settings") or {}).items()
+    )
+    lines.append(
+        f"facevae ablate --data {data} --out {shlex.quote(str(sweep.path))} --hypotheses {shlex.quote(names)} "
+        f"--seeds {','.join(map(str, manifest['seeds']))} --preset {shlex.quote(str(manifest.get('preset', 'quick')))}{settings}"
+    )
     # Pasted control characters can end the paste and press Enter.
     return "\n".join(map(printable, [*lines, f"facevae report {shlex.quote(str(sweep.path))}"]))
 
@@ -78,78 +136,135 @@ def _trouble(cells):
     if bad.empty:
         return None
     counts = ", ".join(f"{count} {state}" for state, count in bad.state.value_counts().items())
-    rows = [left(row) + [cell(row.seed), cell(row.state), cell(row.error or (f"at step {row.step:.0f} of {row.steps:.0f}" if pd.notna(row.step) and pd.notna(row.steps) else ""), "wrap")]
-            for row in bad.itertuples()]
-    return {"summary": f"{len(bad)} of {len(cells)} runs have no result: {counts}.",
-            "table": {"caption": "", "heads": ["Hypothesis", "Loss", "Masks", "Seed", "State", "Why"], "left": 6, "rows": rows, "groups": [], "edges": []}}
+    rows = [
+        left(row)
+        + [
+            cell(row.seed),
+            cell(row.state),
+            cell(
+                row.error
+                or (
+                    f"at step {row.step:.0f} of {row.steps:.0f}"
+                    if pd.notna(row.step) and pd.notna(row.steps)
+                    else ""
+                ),
+                "wrap",
+            ),
+        ]
+        for row in bad.itertuples()
+    ]
+    return {
+        "summary": f"{len(bad)} of {len(cells)} runs have no result: {counts}.",
+        "table": {
+            "caption": "",
+            "heads": ["Hypothesis", "Loss", "Masks", "Seed", "State", "Why"],
+            "left": 6,
+            "rows": rows,
+            "groups": [],
+            "edges": [],
+        },
+    }
 
 
 def _notes(sweep):
     notes = []
     if "ms_ssim" in sweep.notes:
-        notes.append("MS-SSIM: " + ", ".join(f"{key} {value}" for key, value in dict(sweep.notes["ms_ssim"]).items()) + "; it is comparable between equal settings only.")
-    lost = [METRIC_STYLE[name].label for name in METRIC_STYLE if name in sweep.metrics and name not in present_metrics(sweep.metrics)]
+        notes.append(
+            "MS-SSIM: "
+            + ", ".join(f"{key} {value}" for key, value in dict(sweep.notes["ms_ssim"]).items())
+            + "; it is comparable between equal settings only."
+        )
+    lost = [
+        METRIC_STYLE[name].label
+        for name in METRIC_STYLE
+        if name in sweep.metrics and name not in present_metrics(sweep.metrics)
+    ]
     if lost:
-        notes.append(f"Without any finite value, and so not shown: {', '.join(lost)}. (VIF needs pictures of 41 px or more.)")
+        notes.append(
+            f"Without any finite value, and so not shown: {', '.join(lost)}. (VIF needs pictures of 41 px or more.)"
+        )
     if sweep.cells.images[sweep.cells.state == "done"].nunique() > 1:
-        notes.append("Runs were evaluated on different numbers of images, so their means are not comparable; the paired differences use the images they share.")
+        notes.append(
+            "Runs were evaluated on different numbers of images, so their means are not comparable; the paired differences use the images they share."
+        )
     return notes
 
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # what no page needs, and a copied line must not hold
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)  # what no page needs, and a copied line must not hold
 
 
 def render(found: Findings, figures: dict[str, Plate]) -> str:
     """The report as HTML, self-contained. figures: from `study_figures`."""
     sweep, summary = found.sweep, found.summary
-    pictures = {name: {"title": plate.title, "caption": plate.caption, "png": base64.b64encode(plate.png).decode(),
-                       "width": round(plate.figure.get_figwidth() * 100), "wide": plate.figure.get_figwidth() > 6.5} for name, plate in figures.items()}
+    pictures = {
+        name: {
+            "title": plate.title,
+            "caption": plate.caption,
+            "png": base64.b64encode(plate.png).decode(),
+            "width": round(plate.figure.get_figwidth() * 100),
+            "wide": plate.figure.get_figwidth() > 6.5,
+        }
+        for name, plate in figures.items()
+    }
     have = not summary.empty
     done = int((sweep.cells.state == "done").sum())
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string((files("facevae") / "report.html").read_text(encoding="utf-8"))
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
+        (files("facevae") / "report.html").read_text(encoding="utf-8")
+    )
     page = template.render(
-        title="Face reconstruction with and without masks", figures=pictures, trouble=_trouble(sweep.cells),
+        title="Face reconstruction with and without masks",
+        figures=pictures,
+        trouble=_trouble(sweep.cells),
         findings=[*findings(summary, found.answers["masks"]), *filter(None, [verdict_sentence(found)])],
         subtitle=f"{sweep.cells.hypothesis.nunique()} hypotheses, {sweep.cells.seed.nunique()} seed{'s' * (sweep.cells.seed.nunique() != 1)}, {done} of {len(sweep.cells)} runs finished",
-        facts=facts(sweep), tables=all_tables(sweep, summary) if have else None, several=have and summary.seeds.max() > 1,
-        verdicts=verdict_tables(found) if have else [], questions={name: comparison_section(found.answers[name]) for name in QUESTIONS}, told=QUESTIONS,
-        sentences=mask_sentences(found.answers["masks"]), authors=authors_table(sweep, summary) if have else None,
-        absent=[(METRIC_STYLE[name].label if name in METRIC_STYLE else name, reason) for name, reason in sweep.absent.items()],
-        notes=_notes(sweep), commands=commands(sweep))
+        facts=facts(sweep),
+        tables=all_tables(sweep, summary) if have else None,
+        several=have and summary.seeds.max() > 1,
+        verdicts=verdict_tables(found) if have else [],
+        questions={name: comparison_section(found.answers[name]) for name in QUESTIONS},
+        told=QUESTIONS,
+        sentences=mask_sentences(found.answers["masks"]),
+        authors=authors_table(sweep, summary) if have else None,
+        absent=[
+            (METRIC_STYLE[name].label if name in METRIC_STYLE else name, reason)
+            for name, reason in sweep.absent.items()
+        ],
+        notes=_notes(sweep),
+        commands=commands(sweep),
+    )
     return CONTROL.sub(lambda found: printable(found[0]), page)
 
 
 def write_tables(found: Findings) -> list[Path]:
     """Write the tables of a paper to SWEEP/tables, as Markdown and as LaTeX; returns their paths."""
-    tables = {f"results_{view}": (*paper_rows(found.summary, view), f"Results on the {view} view.", 3) for view in ("face", "composite", "raw")}
+    tables = {
+        f"results_{view}": (*paper_rows(found.summary, view), f"Results on the {view} view.", 3)
+        for view in ("face", "composite", "raw")
+    }
     tables["verdicts"] = (*claims_rows(found), "The authors' claims and what became of them.", 2)
     paths = []
     for name, (heads, rows, caption, aligned) in tables.items():
-        for kind, text in (("md", markdown_table(heads, rows)), ("tex", latex_table(heads, rows, caption, f"tab:{name}", aligned))):
+        for kind, text in (
+            ("md", markdown_table(heads, rows)),
+            ("tex", latex_table(heads, rows, caption, f"tab:{name}", aligned)),
+        ):
             paths.append(write_text(inside(found.sweep.path, f"tables/{name}.{kind}"), text))
     return paths
 
 
 def write_figures(sweep: Sweep, figures: dict[str, Plate]) -> dict[str, Path]:
     """Write every figure to SWEEP/figures as PNG and PDF; returns the PNGs by name."""
-    return {name: save(plate.figure, inside(sweep.path, "figures"), name, picture=plate.png) for name, plate in figures.items()}
+    return {
+        name: save(plate.figure, inside(sweep.path, "figures"), name, picture=plate.png)
+        for name, plate in figures.items()
+    }
 
 
 def write_report(found: Findings, figures: dict[str, Plate]) -> Path:
     """Write SWEEP/report.html; returns its path."""
     return write_text(found.sweep.path / "report.html", render(found, figures))
-
-# %% ../../nbs/11_analysis/06_report.ipynb #c0012
-from pathlib import Path
-
-from .statistics import QUESTIONS
-from ..core import write_text
-from .claims import Findings
-from .tables import markdown_table, md
-from .tables import all_tables, comparison_section, findings
-from .tables import verdict_sentence, verdict_tables
-from .figures import Plate, study_figures
-from .results import load_sweep
 
 # %% ../../nbs/11_analysis/06_report.ipynb #c0014
 def page_table(table: dict) -> str:
@@ -158,13 +273,23 @@ def page_table(table: dict) -> str:
     heads = [" ".join(str(head).split()) for head in table["heads"]]
     if table["groups"]:
         spans = [label for label, span in table["groups"] for _ in range(span)]
-        heads[table["left"]:] = [f"{' '.join(label.split())} {head}" for label, head in zip(spans, heads[table["left"]:])]
+        heads[table["left"] :] = [
+            f"{' '.join(label.split())} {head}" for label, head in zip(spans, heads[table["left"] :])
+        ]
     lines = markdown_table(heads, []).splitlines()
     for row in table["rows"]:
         cells = []
         for part in row:
-            mark = next((marks[kind] for kind in str(part["kind"]).split() if kind in marks), "") if part["text"] != "" else ""
-            cells.append("<br>".join([f"{mark}{md(part['text'])}{mark}", *(f"<sub>{md(line)}</sub>" for line in part["small"])]))
+            mark = (
+                next((marks[kind] for kind in str(part["kind"]).split() if kind in marks), "")
+                if part["text"] != ""
+                else ""
+            )
+            cells.append(
+                "<br>".join(
+                    [f"{mark}{md(part['text'])}{mark}", *(f"<sub>{md(line)}</sub>" for line in part["small"])]
+                )
+            )
             cells += [""] * ((part["span"] or 1) - 1)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -181,21 +306,41 @@ def markdown_report(found: Findings, figures: dict[str, Plate], folder: str = "f
     """The report as Markdown. figures: from `study_figures`; folder: where their PNGs lie, seen from the page."""
     sweep, done = found.sweep, int((found.sweep.cells.state == "done").sum())
     told = [*findings(found.summary, found.answers["masks"]), *filter(None, [verdict_sentence(found)])]
-    blocks = ["# Face reconstruction with and without masks", f"{sweep.cells.hypothesis.nunique()} hypotheses, {sweep.cells.seed.nunique()} seed{'s' * (sweep.cells.seed.nunique() != 1)}, {done} of {len(sweep.cells)} runs finished.",
-              "\n".join(f"- {md(sentence)}" for sentence in told) or "No run has finished yet, so there is nothing to compare.",
-              "\n".join(f"- {md(name)}: {md(value)}" for name, value in facts(sweep))]
+    blocks = [
+        "# Face reconstruction with and without masks",
+        f"{sweep.cells.hypothesis.nunique()} hypotheses, {sweep.cells.seed.nunique()} seed{'s' * (sweep.cells.seed.nunique() != 1)}, {done} of {len(sweep.cells)} runs finished.",
+        "\n".join(f"- {md(sentence)}" for sentence in told)
+        or "No run has finished yet, so there is nothing to compare.",
+        "\n".join(f"- {md(name)}: {md(value)}" for name, value in facts(sweep)),
+    ]
     if len(found.summary):
-        blocks += ["## The claims, and what became of them",
-                   "Gains in the claimed direction, in percent of the first's error, with 95 % intervals; ✓ reproduced, ✗ contradicted, ∅ not reproduced, ? undecided."]
+        blocks += [
+            "## The claims, and what became of them",
+            "Gains in the claimed direction, in percent of the first's error, with 95 % intervals; ✓ reproduced, ✗ contradicted, ∅ not reproduced, ? undecided.",
+        ]
         for part in verdict_tables(found):
             blocks += [f"### {md(part['heading'])}", page_table(part["table"])]
         blocks += ["## Results on the face", page_table(all_tables(sweep, found.summary)["face"])]
-        after = {"masks": ("interval_masks", "free_pixels", "scatter_masks", "faces_masks"), "standalone": ("interval_standalone",), "with_ssim": ("interval_with_ssim",),
-                 "best": ("ranks", "interval_best")}
+        after = {
+            "masks": ("interval_masks", "free_pixels", "scatter_masks", "faces_masks"),
+            "standalone": ("interval_standalone",),
+            "with_ssim": ("interval_with_ssim",),
+            "best": ("ranks", "interval_best"),
+        }
         for question, heading in QUESTIONS.items():
             section = comparison_section(found.answers[question])
-            blocks += [f"## {heading}", *([md(section["note"]), page_table(section["table"])] if section else []), *(_figure(name, figures, folder) for name in after[question])]
-        blocks += ["## What the models draw", _figure("visual_comparison", figures, folder), "## Training", _figure("training_curves", figures, folder), _figure("latent_use", figures, folder)]
+            blocks += [
+                f"## {heading}",
+                *([md(section["note"]), page_table(section["table"])] if section else []),
+                *(_figure(name, figures, folder) for name in after[question]),
+            ]
+        blocks += [
+            "## What the models draw",
+            _figure("visual_comparison", figures, folder),
+            "## Training",
+            _figure("training_curves", figures, folder),
+            _figure("latent_use", figures, folder),
+        ]
     blocks += ["## Again", f"```sh\n{commands(sweep).replace('```', '')}\n```"]
     return "\n\n".join(block.rstrip("\n") for block in blocks if block) + "\n"
 

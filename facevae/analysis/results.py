@@ -11,18 +11,18 @@ __all__ = ['MOST_LOG', 'METRIC_STYLE', 'ERRORS', 'VIEWS', 'AUTHORS_METRICS', 're
 import contextlib
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import FaceVAEError, file_digest
-from ..training.evaluation import load_metrics
-from ..training.run import read_state
-from ..training.evaluation import load_latents
-from ..sweep.plan import read_sweep
-from ..training.run import status_fields
+from ..metrics.image import METRICS
 from ..safe_io import NUMBER, mistyped, read_bytes, read_object
+from ..sweep.plan import read_sweep
+from ..training.evaluation import load_latents, load_metrics
+from ..training.run import read_state, status_fields
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0006
 MOST_LOG = 256 * 2**20  # bytes
@@ -44,11 +44,29 @@ def read_log(path: str | Path) -> pd.DataFrame:
     for line in read_bytes(path, MOST_LOG).decode(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            raw, weighted = ({"loss": entry["loss"]} | dict(entry.get(part) or {}) for part in ("raw", "weighted"))
-            if entry["kind"] not in ("train", "validation") or mistyped(entry, {"step": NUMBER, "images_per_second": NUMBER}) or len(raw) > 20:
+            raw, weighted = (
+                {"loss": entry["loss"]} | dict(entry.get(part) or {}) for part in ("raw", "weighted")
+            )
+            if (
+                entry["kind"] not in ("train", "validation")
+                or mistyped(entry, {"step": NUMBER, "images_per_second": NUMBER})
+                or len(raw) > 20
+            ):
                 continue
-            where = {"kind": entry["kind"], "step": int(entry["step"]), "images_per_second": entry.get("images_per_second")}
-            rows += [{**where, "term": term[:40], "raw": _drawable(value), "weighted": _drawable(weighted.get(term, np.nan))} for term, value in raw.items()]
+            where = {
+                "kind": entry["kind"],
+                "step": int(entry["step"]),
+                "images_per_second": entry.get("images_per_second"),
+            }
+            rows += [
+                {
+                    **where,
+                    "term": term[:40],
+                    "raw": _drawable(value),
+                    "weighted": _drawable(weighted.get(term, np.nan)),
+                }
+                for term, value in raw.items()
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             continue
     table = pd.DataFrame(rows, columns=["kind", "step", "term", "raw", "weighted", "images_per_second"])
@@ -60,8 +78,21 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
 
     path: the run directory. asked: hypothesis, terms, mask, seed as the sweep asked for them.
     """
-    cell = {**asked, "state": "missing", "error": "", "step": None, "steps": None, "seconds": None, "images": 0,
-            "images_per_second": None, "device": None, "versions": None, "size": None, "batch_size": None, "path": str(path)}
+    cell = {
+        **asked,
+        "state": "missing",
+        "error": "",
+        "step": None,
+        "steps": None,
+        "seconds": None,
+        "images": 0,
+        "images_per_second": None,
+        "device": None,
+        "versions": None,
+        "size": None,
+        "batch_size": None,
+        "path": str(path),
+    }
     metrics = log = None
     if not path.is_dir():
         return {**cell, "error": "never started"}, metrics, log
@@ -72,7 +103,10 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
         if wrong:
             raise FaceVAEError(f"in status.json, {'; '.join(wrong)}")
         cell |= {key: status.get(key) for key in ("step", "steps", "seconds", "device", "versions")}
-        cell |= {"state": status.get("state") or "unusable", "error": status.get("error") or ("" if status.get("state") else "status.json has no state")}
+        cell |= {
+            "state": status.get("state") or "unusable",
+            "error": status.get("error") or ("" if status.get("state") else "status.json has no state"),
+        }
     except FaceVAEError as error:
         status, cell = {}, cell | {"state": "unusable", "error": f"status.json cannot be used: {error}"}
     try:
@@ -84,8 +118,11 @@ def read_cell(path: Path, asked: dict) -> tuple[dict, pd.DataFrame | None, pd.Da
     if cell["state"] == "done":
         try:
             config = read_object(path / "config.json")
-            wrong = [*mistyped(config, {"size": NUMBER, "batch_size": NUMBER}).values()] or [f"{key} is {config[key]!r}, asked {asked[key]!r}" for key in ("terms", "mask", "seed")
-                     if key in config and config[key] != asked[key]]
+            wrong = [*mistyped(config, {"size": NUMBER, "batch_size": NUMBER}).values()] or [
+                f"{key} is {config[key]!r}, asked {asked[key]!r}"
+                for key in ("terms", "mask", "seed")
+                if key in config and config[key] != asked[key]
+            ]
             if wrong:
                 raise FaceVAEError("it trained something else: " + "; ".join(wrong))
             cell |= {key: config.get(key) for key in ("size", "batch_size")}
@@ -106,6 +143,7 @@ class Sweep:
     view. curves: one row for each run, kind, step and term. latents: one row for each run and latent dimension. manifest: sweep.json. absent: reason by metric.
     notes: how metrics were computed, by metric.
     """
+
     path: Path
     manifest: dict
     cells: pd.DataFrame
@@ -120,8 +158,11 @@ def load_sweep(path: str | Path) -> Sweep:
     """Read whatever a sweep directory holds. Raises FaceVAEError only when sweep.json itself cannot be used."""
     path = Path(path)
     manifest = read_sweep(path)
-    asked = [{"hypothesis": h["name"], "terms": h["terms"], "mask": h["mask"], "seed": seed}
-             for h in manifest["hypotheses"] for seed in manifest["seeds"]]
+    asked = [
+        {"hypothesis": h["name"], "terms": h["terms"], "mask": h["mask"], "seed": seed}
+        for h in manifest["hypotheses"]
+        for seed in manifest["seeds"]
+    ]
     cells, metrics, curves, latents, absent, notes = [], [], [], [], {}, {}
     for one in asked:
         cell, table, log = read_cell(path / one["hypothesis"] / f"seed{one['seed']}", one)
@@ -136,26 +177,28 @@ def load_sweep(path: str | Path) -> Sweep:
             if cell["state"] == "done":
                 latents.append(load_latents(Path(cell["path"]) / "latents.parquet").assign(**one))
     front = ["hypothesis", "terms", "mask", "seed"]
+
     def stack(tables, columns):
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=front + columns)
         return table[front + [name for name in table if name not in front]]
+
     cells = pd.DataFrame(cells, columns=None if cells else list(read_cell(path, dict.fromkeys(front))[0]))
-    return Sweep(path, manifest, cells, stack(metrics, ["image", "view"]),
-                 stack(curves, ["kind", "step", "term", "raw", "weighted"]), stack(latents, ["dimension", "kl", "active"]), absent, notes)
-
-# %% ../../nbs/11_analysis/00_results.ipynb #c0016
-from dataclasses import dataclass
-from importlib.resources import files
-
-import numpy as np
-import pandas as pd
-
-from ..metrics.image import METRICS
+    return Sweep(
+        path,
+        manifest,
+        cells,
+        stack(metrics, ["image", "view"]),
+        stack(curves, ["kind", "step", "term", "raw", "weighted"]),
+        stack(latents, ["dimension", "kl", "active"]),
+        absent,
+        notes,
+    )
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0019
 @dataclass(frozen=True)
 class MetricStyle:
     """How one metric is read: its short label, decimals and unit, which values are good, and its error as the paper prints it."""
+
     name: str
     label: str
     digits: int
@@ -163,7 +206,7 @@ class MetricStyle:
 
     @property
     def better(self) -> str:
-        """"high", "low", or "one" when values closest to 1 are best."""
+        """ "high", "low", or "one" when values closest to 1 are best."""
         return {True: "high", False: "low", None: "one"}[METRICS[self.name].higher_is_better]
 
     @property
@@ -172,7 +215,9 @@ class MetricStyle:
 
     @property
     def error_label(self) -> str:
-        return self.label if self.error(0.25) == 0.25 else METRICS[self.name].shown_label  # some metrics are errors already
+        return (
+            self.label if self.error(0.25) == 0.25 else METRICS[self.name].shown_label
+        )  # some metrics are errors already
 
     def score(self, values):
         """Larger is better. values: numbers or arrays in the metric's own unit."""
@@ -183,10 +228,21 @@ class MetricStyle:
         return METRICS[self.name].shown(values)
 
 
-METRIC_STYLE = {style.name: style for style in (
-    MetricStyle("ssim", "SSIM", 3), MetricStyle("ms_ssim", "MS-SSIM", 3), MetricStyle("lpips", "LPIPS", 3), MetricStyle("vif", "VIF", 3),
-    MetricStyle("l1", "L1", 4), MetricStyle("l2", "L2", 4), MetricStyle("psnr", "PSNR", 2, "dB"), MetricStyle("sharpness", "Sharpness", 3),
-    MetricStyle("delta_e", "Colour ΔE", 2), MetricStyle("mask_iou", "Mask IoU", 3))}
+METRIC_STYLE = {
+    style.name: style
+    for style in (
+        MetricStyle("ssim", "SSIM", 3),
+        MetricStyle("ms_ssim", "MS-SSIM", 3),
+        MetricStyle("lpips", "LPIPS", 3),
+        MetricStyle("vif", "VIF", 3),
+        MetricStyle("l1", "L1", 4),
+        MetricStyle("l2", "L2", 4),
+        MetricStyle("psnr", "PSNR", 2, "dB"),
+        MetricStyle("sharpness", "Sharpness", 3),
+        MetricStyle("delta_e", "Colour ΔE", 2),
+        MetricStyle("mask_iou", "Mask IoU", 3),
+    )
+}
 ERRORS = ("ssim", "ms_ssim", "lpips", "vif", "l1", "l2", "sharpness", "delta_e")  # what the bar figures show
 VIEWS = ("face", "composite", "raw", "predicted")
 
@@ -203,8 +259,15 @@ def results(metrics: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["hypothesis", "terms", "mask", "seed", "view"]
     names = present_metrics(metrics)
-    finite = metrics.assign(**{name: metrics[name].astype(float).where(np.isfinite(metrics[name].astype(float))) for name in names})
-    table = finite.groupby(keys, sort=False).agg(images=("image", "nunique"), **{name: (name, "mean") for name in names})
+    finite = metrics.assign(
+        **{
+            name: metrics[name].astype(float).where(np.isfinite(metrics[name].astype(float)))
+            for name in names
+        }
+    )
+    table = finite.groupby(keys, sort=False).agg(
+        images=("image", "nunique"), **{name: (name, "mean") for name in names}
+    )
     return table.reset_index()
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0025
@@ -215,9 +278,19 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["hypothesis", "terms", "mask", "view"]
     long = table.melt(keys + ["seed"], present_metrics(table), "metric", "value").dropna(subset="value")
-    long = long.groupby(keys + ["metric"], sort=False).value.agg(seeds="size", mean="mean", sd="std").reset_index()
-    score = pd.Series([METRIC_STYLE[row.metric].score(row.mean_) for row in long.rename(columns={"mean": "mean_"}).itertuples()],
-                      index=long.index, dtype=float)
+    long = (
+        long.groupby(keys + ["metric"], sort=False)
+        .value.agg(seeds="size", mean="mean", sd="std")
+        .reset_index()
+    )
+    score = pd.Series(
+        [
+            METRIC_STYLE[row.metric].score(row.mean_)
+            for row in long.rename(columns={"mean": "mean_"}).itertuples()
+        ],
+        index=long.index,
+        dtype=float,
+    )
     return long.assign(best=score.groupby([long["view"], long["metric"]]).transform("max") == score)
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0029
@@ -233,20 +306,37 @@ def mask_pairs(cells: pd.DataFrame) -> pd.DataFrame:
     """
     order = {loss_key(terms): i for i, terms in enumerate(("l1", "l2", "ssim", "ssim+l1", "ssim+l2"))}
     rows = cells[["hypothesis", "terms", "mask"]].drop_duplicates("hypothesis")
-    rows = rows.assign(key=rows.terms.map(loss_key), side=rows["mask"].map({True: "masked", False: "without"}))
+    rows = rows.assign(
+        key=rows.terms.map(loss_key), side=rows["mask"].map({True: "masked", False: "without"})
+    )
     rows["copy"] = rows.groupby(["key", "mask"]).cumcount()
     pairs = []
     for (key, copy), group in rows.groupby(["key", "copy"], sort=False):
         names = {side: name for side, name in zip(group.side, group.hypothesis)}
         label = group.terms.iloc[0] + (f" ({', '.join(names.values())})" if copy else "")
-        pairs.append({"label": label, "terms": group.terms.iloc[0], "without": names.get("without"),
-                      "masked": names.get("masked"), "order": (order.get(key, len(order)), copy)})
-    table = pd.DataFrame(pairs, columns=["label", "terms", "without", "masked", "order"]).sort_values("order", kind="stable")
+        pairs.append(
+            {
+                "label": label,
+                "terms": group.terms.iloc[0],
+                "without": names.get("without"),
+                "masked": names.get("masked"),
+                "order": (order.get(key, len(order)), copy),
+            }
+        )
+    table = pd.DataFrame(pairs, columns=["label", "terms", "without", "masked", "order"]).sort_values(
+        "order", kind="stable"
+    )
     return table.drop(columns="order").reset_index(drop=True).astype(object).where(lambda t: t.notna(), None)
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0033
-AUTHORS_METRICS = {"ssim": "one_minus_ssim", "ms_ssim": "one_minus_ms_ssim", "lpips": "lpips", "vif": "one_minus_vif",
-                   "l1": "ten_l1", "l2": "ten_l2"}
+AUTHORS_METRICS = {
+    "ssim": "one_minus_ssim",
+    "ms_ssim": "one_minus_ms_ssim",
+    "lpips": "lpips",
+    "vif": "one_minus_vif",
+    "l1": "ten_l1",
+    "l2": "ten_l2",
+}
 
 
 def authors_results() -> pd.DataFrame:
@@ -266,8 +356,13 @@ def beside_authors(summary: pd.DataFrame, view: str = "face") -> pd.DataFrame:
     summary: from `over_seeds`. Ours are turned into the authors' errors; a loss they did not try is left out.
     """
     ours = summary[summary["view"] == view]
-    ours = ours.assign(key=ours.terms.map(loss_key), ours=[METRIC_STYLE[m].error(v) for m, v in zip(ours.metric, ours["mean"])])
-    theirs = authors_results().assign(key=lambda t: t.terms.map(loss_key)).rename(columns={"error": "authors"})
+    ours = ours.assign(
+        key=ours.terms.map(loss_key),
+        ours=[METRIC_STYLE[m].error(v) for m, v in zip(ours.metric, ours["mean"])],
+    )
+    theirs = (
+        authors_results().assign(key=lambda t: t.terms.map(loss_key)).rename(columns={"error": "authors"})
+    )
     ours = ours.drop_duplicates(["key", "mask", "metric"])[["key", "mask", "metric", "hypothesis", "ours"]]
     table = theirs.merge(ours, "left", ["key", "mask", "metric"], suffixes=("", "_ours"))
     table["hypothesis"] = table.hypothesis_ours.fillna(table.hypothesis)

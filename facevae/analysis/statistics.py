@@ -14,8 +14,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .results import METRIC_STYLE, VIEWS, loss_key, mask_pairs, over_seeds, present_metrics, results
-from .results import Sweep, load_sweep
+from facevae.analysis.results import (
+    METRIC_STYLE,
+    VIEWS,
+    Sweep,
+    load_sweep,
+    loss_key,
+    mask_pairs,
+    over_seeds,
+    present_metrics,
+    results,
+)
 
 # %% ../../nbs/11_analysis/01_statistics.ipynb #c0006
 class Scores:
@@ -34,7 +43,11 @@ class Scores:
             part = self.metrics[self.metrics["view"] == view]
             values = part[metric].astype(float)
             part = part.assign(value=values.where(np.isfinite(values)))
-            wide = part.pivot_table("value", "image", ["hypothesis", "seed"], sort=False) if len(part) else pd.DataFrame()
+            wide = (
+                part.pivot_table("value", "image", ["hypothesis", "seed"], sort=False)
+                if len(part)
+                else pd.DataFrame()
+            )
             self._blocks[metric, view] = wide
         return self._blocks[metric, view]
 
@@ -45,7 +58,9 @@ class Scores:
         seeds = [seed for seed in self.seeds if all((name, seed) in columns for name in hypotheses)]
         if not seeds:
             return [np.empty((0, 0)) for _ in hypotheses]
-        values = np.stack([wide.to_numpy()[:, [columns[name, seed] for seed in seeds]] for name in hypotheses])  # (hypotheses, images, seeds)
+        values = np.stack(
+            [wide.to_numpy()[:, [columns[name, seed] for seed in seeds]] for name in hypotheses]
+        )  # (hypotheses, images, seeds)
         return list(values[:, np.isfinite(values).all(axis=(0, 2))])
 
 # %% ../../nbs/11_analysis/01_statistics.ipynb #c0008
@@ -63,13 +78,16 @@ def crossed_bootstrap(gain: np.ndarray, resamples: int = 2000) -> np.ndarray:
     Source: Owen 2007, "The pigeonhole bootstrap".
     """
     centre = gain.mean()  # float32 then rounds the deviations, not the values
-    by_seed = _resamples(gain.shape[0], resamples, 0) @ (gain - centre).astype(np.float32)  # (resamples, seeds)
+    by_seed = _resamples(gain.shape[0], resamples, 0) @ (gain - centre).astype(
+        np.float32
+    )  # (resamples, seeds)
     return centre + (by_seed * _resamples(gain.shape[1], resamples, 1)).sum(1, dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A mean gain. low, high: its interval. p: of the test that it is zero. effect: Cohen's d_z. share: of images that improve."""
+
     gain: float
     low: float
     high: float
@@ -94,7 +112,9 @@ def estimate(gain: np.ndarray, confidence: float = 0.95, resamples: int = 2000) 
     if variance <= (1e-12 * abs(mean)) ** 2:  # every image and seed gives the same gain
         return Estimate(mean, mean, mean, float(mean == 0), np.inf * np.sign(mean) if mean else 0.0, share)
     freedom_all = variance**2 / (parts**2 / freedom).sum()
-    shrunk = (parts * freedom / np.array([images, max(seeds, 2)])).sum()  # what resampling sees of the variance
+    shrunk = (
+        parts * freedom / np.array([images, max(seeds, 2)])
+    ).sum()  # what resampling sees of the variance
     tail = (1 - confidence) / 2
     factor = stats.t.isf(tail, freedom_all) / stats.norm.isf(tail) * np.sqrt(variance / shrunk)
     low, high = mean + factor * (np.quantile(crossed_bootstrap(gain, resamples), (tail, 1 - tail)) - mean)
@@ -103,8 +123,16 @@ def estimate(gain: np.ndarray, confidence: float = 0.95, resamples: int = 2000) 
     return Estimate(mean, low, high, p, mean / spread if spread else np.inf * np.sign(mean), share)
 
 # %% ../../nbs/11_analysis/01_statistics.ipynb #c0013
-def compare(scores: Scores, first: str, second: str, metrics: list[str] | None = None, views: tuple[str, ...] = VIEWS,
-            beyond: tuple[str, str] | None = None, confidence: float = 0.95, resamples: int = 2000) -> pd.DataFrame:
+def compare(
+    scores: Scores,
+    first: str,
+    second: str,
+    metrics: list[str] | None = None,
+    views: tuple[str, ...] = VIEWS,
+    beyond: tuple[str, str] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> pd.DataFrame:
     """Second against first hypothesis: one row for each view and metric that both have.
 
     metrics, views: which (default: all there are). beyond: another (first, second), whose gain is subtracted.
@@ -123,14 +151,52 @@ def compare(scores: Scores, first: str, second: str, metrics: list[str] | None =
                 gain = gain - (score(others[1]) - score(others[0]))
             found = estimate(gain, confidence, resamples)
             by_seed = gain.mean(axis=0)
-            rows.append((view, name, a.mean(), b.mean(), b.mean() - a.mean(), found.gain, found.low, found.high, by_seed.min(), by_seed.max(),
-                         found.p, found.effect, found.share, *gain.shape))
-    return pd.DataFrame(rows, columns=["view", "metric", "first", "second", "difference", "improvement", "low", "high", "low_seed", "high_seed",
-                                       "p", "effect", "share_improved", "images", "seeds"])
+            rows.append(
+                (
+                    view,
+                    name,
+                    a.mean(),
+                    b.mean(),
+                    b.mean() - a.mean(),
+                    found.gain,
+                    found.low,
+                    found.high,
+                    by_seed.min(),
+                    by_seed.max(),
+                    found.p,
+                    found.effect,
+                    found.share,
+                    *gain.shape,
+                )
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "view",
+            "metric",
+            "first",
+            "second",
+            "difference",
+            "improvement",
+            "low",
+            "high",
+            "low_seed",
+            "high_seed",
+            "p",
+            "effect",
+            "share_improved",
+            "images",
+            "seeds",
+        ],
+    )
 
 # %% ../../nbs/11_analysis/01_statistics.ipynb #c0016
-QUESTIONS = {"masks": "Do face masks help?", "standalone": "Which standalone loss works better?",
-             "with_ssim": "Which of l1 and l2 works better with SSIM?", "best": "Which hypothesis is the best?"}
+QUESTIONS = {
+    "masks": "Do face masks help?",
+    "standalone": "Which standalone loss works better?",
+    "with_ssim": "Which of l1 and l2 works better with SSIM?",
+    "best": "Which hypothesis is the best?",
+}
 
 
 def ranks(summary: pd.DataFrame, view: str = "face") -> pd.DataFrame:
@@ -155,15 +221,35 @@ def question_pairs(sweep: Sweep, question: str) -> list[tuple[str, str, str]]:
     """The pairs that a question compares: (label, first, second hypothesis)."""
     pairs = mask_pairs(sweep.cells)
     if question == "masks":
-        return [(pair.label, pair.without, pair.masked) for pair in pairs.itertuples() if pair.without and pair.masked]
+        return [
+            (pair.label, pair.without, pair.masked)
+            for pair in pairs.itertuples()
+            if pair.without and pair.masked
+        ]
     if question == "best":
         best = leader(over_seeds(results(sweep.metrics)))
-        return [(f"{name} → {best}", name, best) for name in dict.fromkeys(sweep.cells.hypothesis) if best and name != best]
-    keep = (lambda terms: "+" not in terms) if question == "standalone" else (lambda terms: loss_key(terms) in ("l1+ssim", "l2+ssim"))
+        return [
+            (f"{name} → {best}", name, best)
+            for name in dict.fromkeys(sweep.cells.hypothesis)
+            if best and name != best
+        ]
+    keep = (
+        (lambda terms: "+" not in terms)
+        if question == "standalone"
+        else (lambda terms: loss_key(terms) in ("l1+ssim", "l2+ssim"))
+    )
     found = []
     for side, told in (("without", "without masks"), ("masked", "with masks")):
-        asked = [(pair.label, getattr(pair, side)) for pair in pairs.itertuples() if keep(pair.terms) and getattr(pair, side)]
-        found += [(f"{a} → {b}, {told}", first, second) for i, (a, first) in enumerate(asked) for b, second in asked[i + 1:]]
+        asked = [
+            (pair.label, getattr(pair, side))
+            for pair in pairs.itertuples()
+            if keep(pair.terms) and getattr(pair, side)
+        ]
+        found += [
+            (f"{a} → {b}, {told}", first, second)
+            for i, (a, first) in enumerate(asked)
+            for b, second in asked[i + 1 :]
+        ]
     return found
 
 
@@ -176,17 +262,25 @@ def holm(p: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(p), stepped[np.argsort(order)], np.nan)
 
 
-def answer(sweep: Sweep, question: str, scores: Scores | None = None, alpha: float = 0.05, **options) -> pd.DataFrame:
+def answer(
+    sweep: Sweep, question: str, scores: Scores | None = None, alpha: float = 0.05, **options
+) -> pd.DataFrame:
     """`compare` for every pair of a question; adds label, hypotheses (first_name, second_name), p_holm and verdict.
 
     question: a key of QUESTIONS. scores: of the sweep, when there are some already. alpha: for verdict, "better" or "worse" when the corrected p lies
     below it, else "undecided".
     """
     scores = Scores(sweep.metrics) if scores is None else scores
-    tables = [compare(scores, first, second, **options).assign(label=label, first_name=first, second_name=second)
-              for label, first, second in question_pairs(sweep, question)]
+    tables = [
+        compare(scores, first, second, **options).assign(label=label, first_name=first, second_name=second)
+        for label, first, second in question_pairs(sweep, question)
+    ]
     tables = [table for table in tables if len(table)]
-    table = pd.concat(tables, ignore_index=True) if tables else compare(scores, "", "").assign(label="", first_name="", second_name="")
+    table = (
+        pd.concat(tables, ignore_index=True)
+        if tables
+        else compare(scores, "", "").assign(label="", first_name="", second_name="")
+    )
     corrected = table.groupby("view").p.transform(holm).astype(float) if len(table) else table.p
     verdict = np.where(corrected < alpha, np.where(table.improvement > 0, "better", "worse"), "undecided")
     return table.assign(p_holm=corrected, verdict=verdict)
@@ -202,10 +296,45 @@ def apparent_gain(sweep: Sweep, metrics: list[str] | None = None) -> pd.DataFram
     rows = []
     for pair in mask_pairs(sweep.cells).itertuples():
         for name in metrics or [name for name in METRIC_STYLE if name != "mask_iou"]:
-            wanted = [(pair.without, "raw"), (pair.without, "composite"), (pair.masked, "composite"), (pair.masked, "predicted"), (pair.without, "face"), (pair.masked, "face")]
+            wanted = [
+                (pair.without, "raw"),
+                (pair.without, "composite"),
+                (pair.masked, "composite"),
+                (pair.masked, "predicted"),
+                (pair.without, "face"),
+                (pair.masked, "face"),
+            ]
             if not all((*key, name) in summary.index for key in wanted):
                 continue
-            raw, pasted, composite, predicted, face, masked_face = (METRIC_STYLE[name].score(summary[(*key, name)]) for key in wanted)
-            rows.append({"label": pair.label, "without": pair.without, "masked": pair.masked, "metric": name, "pasted": pasted - raw, "better": composite - pasted,
-                         "own_mask": predicted - composite, "apparent": predicted - raw, "first": summary[pair.without, "raw", name], "face": masked_face - face})
-    return pd.DataFrame(rows, columns=["label", "without", "masked", "metric", "pasted", "better", "own_mask", "apparent", "first", "face"])
+            raw, pasted, composite, predicted, face, masked_face = (
+                METRIC_STYLE[name].score(summary[(*key, name)]) for key in wanted
+            )
+            rows.append(
+                {
+                    "label": pair.label,
+                    "without": pair.without,
+                    "masked": pair.masked,
+                    "metric": name,
+                    "pasted": pasted - raw,
+                    "better": composite - pasted,
+                    "own_mask": predicted - composite,
+                    "apparent": predicted - raw,
+                    "first": summary[pair.without, "raw", name],
+                    "face": masked_face - face,
+                }
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "label",
+            "without",
+            "masked",
+            "metric",
+            "pasted",
+            "better",
+            "own_mask",
+            "apparent",
+            "first",
+            "face",
+        ],
+    )

@@ -14,13 +14,41 @@ import re
 import numpy as np
 import pandas as pd
 
-from .results import METRIC_STYLE, over_seeds, results
+from .claims import UNMEASURED, VERDICTS, Findings
+from facevae.analysis.results import (
+    AUTHORS_METRICS,
+    ERRORS,
+    METRIC_STYLE,
+    Sweep,
+    beside_authors,
+    load_sweep,
+    over_seeds,
+    results,
+)
+from .statistics import QUESTIONS, answer
 from ..core import printable
-from .results import load_sweep
 
 # %% ../../nbs/11_analysis/05_tables.ipynb #c0005
-_TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-        "↑": r"$\uparrow$", "↓": r"$\downarrow$", "→": r"$\rightarrow$", "Δ": r"$\Delta$", "±": r"$\pm$", "−": r"$-$", "–": "--", "≥": r"$\geq$"}
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "→": r"$\rightarrow$",
+    "Δ": r"$\Delta$",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "–": "--",
+    "≥": r"$\geq$",
+}
 
 
 def tex(text: str) -> str:
@@ -43,8 +71,12 @@ def paper_rows(summary: pd.DataFrame, view: str = "face") -> tuple[list[str], li
     place = {}
     for name in names:
         rows = part[part.metric == name]
-        score = pd.Series([METRIC_STYLE[name].score(value) for value in rows["mean"]], index=rows.hypothesis).rank(ascending=False, method="min")
-        place |= {(hypothesis, name): {1: "best", 2: "second"}.get(rank, "") for hypothesis, rank in score.items()}
+        score = pd.Series(
+            [METRIC_STYLE[name].score(value) for value in rows["mean"]], index=rows.hypothesis
+        ).rank(ascending=False, method="min")
+        place |= {
+            (hypothesis, name): {1: "best", 2: "second"}.get(rank, "") for hypothesis, rank in score.items()
+        }
     table = []
     for hypothesis, group in part.groupby("hypothesis", sort=False):
         first, values = group.iloc[0], group.set_index("metric")
@@ -57,7 +89,9 @@ def paper_rows(summary: pd.DataFrame, view: str = "face") -> tuple[list[str], li
             spread = f" ± {value.sd:.{digits}f}" if np.isfinite(value.sd) else ""
             row.append((f"{value['mean']:.{digits}f}{spread}".replace("-", "−"), place[hypothesis, name]))
         table.append(row)
-    heads = ["Hypothesis", "Loss", "Masks"] + [f"{METRIC_STYLE[name].label} {METRIC_STYLE[name].arrow}" for name in names]
+    heads = ["Hypothesis", "Loss", "Masks"] + [
+        f"{METRIC_STYLE[name].label} {METRIC_STYLE[name].arrow}" for name in names
+    ]
     return heads, table
 
 
@@ -65,28 +99,45 @@ def markdown_table(heads: list[str], rows: list[list[tuple[str, str]]]) -> str:
     """A Markdown table; best values in bold, second best in italics. rows: cells (text, kind)."""
     marks = {"best": "**", "second": "*"}
     lines = [" | ".join(map(md, heads)), " | ".join(["---"] * len(heads))]
-    lines += [" | ".join(f"{marks.get(kind, '')}{md(text)}{marks.get(kind, '')}" for text, kind in row) for row in rows]
+    lines += [
+        " | ".join(f"{marks.get(kind, '')}{md(text)}{marks.get(kind, '')}" for text, kind in row)
+        for row in rows
+    ]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def latex_table(heads: list[str], rows: list[list[tuple[str, str]]], caption: str, label: str, left: int = 3) -> str:
+def latex_table(
+    heads: list[str], rows: list[list[tuple[str, str]]], caption: str, label: str, left: int = 3
+) -> str:
     r"""A LaTeX table for the booktabs package; best values in bold, second best underlined.
 
     rows: cells (text, kind). left: how many columns are aligned to the left.
     """
     marks = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}
-    body = [" & ".join((marks.get(kind, "%s")).replace("%s", tex(text)) for text, kind in row) + r" \\" for row in rows]
+    body = [
+        " & ".join((marks.get(kind, "%s")).replace("%s", tex(text)) for text, kind in row) + r" \\"
+        for row in rows
+    ]
     columns = "l" * left + "r" * (len(heads) - left)
-    return "\n".join([r"\begin{table}", r"  \centering", rf"  \caption{{{tex(caption)}}}", rf"  \label{{{label}}}", rf"  \begin{{tabular}}{{{columns}}}", r"    \toprule",
-                      "    " + " & ".join(map(tex, heads)) + r" \\", r"    \midrule", *(f"    {line}" for line in body), r"    \bottomrule", r"  \end{tabular}", r"\end{table}"]) + "\n"
-
-# %% ../../nbs/11_analysis/05_tables.ipynb #c0010
-import numpy as np
-import pandas as pd
-
-from .results import AUTHORS_METRICS, ERRORS, METRIC_STYLE, beside_authors, over_seeds, results
-from .statistics import answer
-from .results import Sweep, load_sweep
+    return (
+        "\n".join(
+            [
+                r"\begin{table}",
+                r"  \centering",
+                rf"  \caption{{{tex(caption)}}}",
+                rf"  \label{{{label}}}",
+                rf"  \begin{{tabular}}{{{columns}}}",
+                r"    \toprule",
+                "    " + " & ".join(map(tex, heads)) + r" \\",
+                r"    \midrule",
+                *(f"    {line}" for line in body),
+                r"    \bottomrule",
+                r"  \end{tabular}",
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/11_analysis/05_tables.ipynb #c0013
 def number(value: float, digits: int) -> str:
@@ -105,7 +156,9 @@ def head(name: str) -> str:
     """A metric as a column head, with its direction and unit."""
     style = METRIC_STYLE[name]
     label = style.label.replace("Colour ", "Colour\n")
-    return f"{label}{' ' if len(style.arrow) == 1 else chr(10)}{style.arrow}" + (f"\n({style.unit})" if style.unit else "")
+    return f"{label}{' ' if len(style.arrow) == 1 else chr(10)}{style.arrow}" + (
+        f"\n({style.unit})" if style.unit else ""
+    )
 
 
 def left(row) -> list[dict]:
@@ -113,7 +166,9 @@ def left(row) -> list[dict]:
     return [cell(row.hypothesis), cell(row.terms), cell("yes" if row.mask else "no")]
 
 
-def results_table(sweep: Sweep, summary: pd.DataFrame, columns: list[tuple[str, str]], caption: str, groups=()) -> dict:
+def results_table(
+    sweep: Sweep, summary: pd.DataFrame, columns: list[tuple[str, str]], caption: str, groups=()
+) -> dict:
     """A table of the page: a row for each asked hypothesis. columns: (metric, view) pairs."""
     found = {(row.hypothesis, row.metric, row.view): row for row in summary.itertuples()}
     rows = []
@@ -124,13 +179,31 @@ def results_table(sweep: Sweep, summary: pd.DataFrame, columns: list[tuple[str, 
             why = "not measured on this view" if states == "done" else f"missing ({states})"
             rows.append(left(row) + [cell(why, "gone", span=len(columns))])
             continue
-        values = [cell("–") if value is None else cell(
-            number(value.mean, METRIC_STYLE[value.metric].digits), "best" if value.best else "",
-            [f"±{value.sd:.{METRIC_STYLE[value.metric].digits}f}"] if np.isfinite(value.sd) and not groups else []) for value in values]
+        values = [
+            cell("–")
+            if value is None
+            else cell(
+                number(value.mean, METRIC_STYLE[value.metric].digits),
+                "best" if value.best else "",
+                [f"±{value.sd:.{METRIC_STYLE[value.metric].digits}f}"]
+                if np.isfinite(value.sd) and not groups
+                else [],
+            )
+            for value in values
+        ]
         rows.append(left(row) + values)
     edges = [3 + i for i in np.cumsum([0] + [span for _, span in groups][:-1])] if groups else [3]
-    heads = ["Hypothesis", "Loss", "Masks"] + ([view for _, view in columns] if groups else [head(metric) for metric, _ in columns])
-    return {"caption": caption, "heads": heads, "left": 3, "rows": rows, "groups": list(groups), "edges": edges}
+    heads = ["Hypothesis", "Loss", "Masks"] + (
+        [view for _, view in columns] if groups else [head(metric) for metric, _ in columns]
+    )
+    return {
+        "caption": caption,
+        "heads": heads,
+        "left": 3,
+        "rows": rows,
+        "groups": list(groups),
+        "edges": edges,
+    }
 
 
 def all_tables(sweep: Sweep, summary: pd.DataFrame) -> dict[str, dict]:
@@ -138,12 +211,26 @@ def all_tables(sweep: Sweep, summary: pd.DataFrame) -> dict[str, dict]:
     tables = {}
     for view in ("face", "composite", "raw", "predicted"):
         have = set(summary.metric[summary["view"] == view])
-        shown = sweep if view != "predicted" else Sweep(**{**vars(sweep), "cells": sweep.cells[sweep.cells["mask"].astype(bool)]})
-        tables[view] = results_table(shown, summary, [(name, view) for name in METRIC_STYLE if name in have], f"{view.capitalize()} view")
+        shown = (
+            sweep
+            if view != "predicted"
+            else Sweep(**{**vars(sweep), "cells": sweep.cells[sweep.cells["mask"].astype(bool)]})
+        )
+        tables[view] = results_table(
+            shown,
+            summary,
+            [(name, view) for name in METRIC_STYLE if name in have],
+            f"{view.capitalize()} view",
+        )
     names = [name for name in ("l1", "l2", "ssim", "delta_e") if name in set(summary.metric)]
     views = ("face", "composite", "raw")
-    tables["views"] = results_table(sweep, summary, [(name, view) for name in names for view in views],
-                                    "The same metrics on three views, means over images and seeds", [(head(name).replace("\n", " "), 3) for name in names])
+    tables["views"] = results_table(
+        sweep,
+        summary,
+        [(name, view) for name in names for view in views],
+        "The same metrics on three views, means over images and seeds",
+        [(head(name).replace("\n", " "), 3) for name in names],
+    )
     return tables
 
 
@@ -153,11 +240,19 @@ def authors_table(sweep: Sweep, summary: pd.DataFrame) -> dict:
     rows = []
     for _, group in table.groupby(["terms", "mask"], sort=False):
         errors = group.set_index("metric")
-        values = [cell(number(errors.loc[name, who], 3)) for name in AUTHORS_METRICS for who in ("authors", "ours")]
+        values = [
+            cell(number(errors.loc[name, who], 3)) for name in AUTHORS_METRICS for who in ("authors", "ours")
+        ]
         rows.append(left(next(group.itertuples())) + values)
     groups = [(METRIC_STYLE[name].error_label, 2) for name in AUTHORS_METRICS]
-    return {"caption": "", "heads": ["Hypothesis", "Loss", "Masks"] + ["authors", "ours"] * len(groups), "left": 3, "rows": rows, "groups": groups,
-            "edges": [3 + 2 * i for i in range(len(groups))]}
+    return {
+        "caption": "",
+        "heads": ["Hypothesis", "Loss", "Masks"] + ["authors", "ours"] * len(groups),
+        "left": 3,
+        "rows": rows,
+        "groups": groups,
+        "edges": [3 + 2 * i for i in range(len(groups))],
+    }
 
 # %% ../../nbs/11_analysis/05_tables.ipynb #c0015
 def gain_sentence(gain) -> str:
@@ -170,18 +265,29 @@ def gain_sentence(gain) -> str:
     sign = 1 if style.better == "high" else -1
     low, high = sorted((sign * gain.low, sign * gain.high))
     percent = lambda value: f"{100 * value / abs(gain.first):+.1f}".replace("-", "−")
-    interval = f"interval {percent(low)} to {percent(high)}" if np.isfinite(low) else "too few images for an interval"
-    return f"{verb} {values} ({percent(gain.difference)}\u00a0%, {interval})" + (", undecided" if gain.verdict == "undecided" else "")
+    interval = (
+        f"interval {percent(low)} to {percent(high)}"
+        if np.isfinite(low)
+        else "too few images for an interval"
+    )
+    return f"{verb} {values} ({percent(gain.difference)}\u00a0%, {interval})" + (
+        ", undecided" if gain.verdict == "undecided" else ""
+    )
 
 
 def interval_note(table: pd.DataFrame) -> str:
     """What the intervals of a table from `answer` cover, and how its p values are corrected."""
     seeds, images = int(table.seeds.max()), int(table.images.max())
-    covers = (f"The 95 % intervals resample the {images} test images and the {seeds} seeds together, so they speak of the losses and not only of these trained networks"
-              if seeds > 1 else f"There is one seed: the 95 % intervals resample the {images} test images and cover other images, not the noise of training another network")
+    covers = (
+        f"The 95 % intervals resample the {images} test images and the {seeds} seeds together, so they speak of the losses and not only of these trained networks"
+        if seeds > 1
+        else f"There is one seed: the 95 % intervals resample the {images} test images and cover other images, not the noise of training another network"
+    )
     few = " With two seeds the noise of training is hardly known: take three or more." if seeds == 2 else ""
-    return (f"{covers}.{few} Colour stands for p < 0.05 of a paired test, corrected by Holm's method for all comparisons of this question on this view. d is Cohen's "
-            "d for paired images; the share is that of images that improve.")
+    return (
+        f"{covers}.{few} Colour stands for p < 0.05 of a paired test, corrected by Holm's method for all comparisons of this question on this view. d is Cohen's "
+        "d for paired images; the share is that of images that improve."
+    )
 
 
 def comparison_table(table: pd.DataFrame, caption: str) -> dict:
@@ -195,10 +301,22 @@ def comparison_table(table: pd.DataFrame, caption: str) -> dict:
                 cells.append(cell("–"))
                 continue
             gain, digits = found[name], METRIC_STYLE[name].digits
-            small = [f"[{number(gain.low, digits)}, {number(gain.high, digits)}]", f"d {number(gain.effect, 1)}, {gain.share_improved:.0%}".replace("%", " %")]
-            cells.append(cell(number(gain.improvement, digits), gain.verdict if gain.verdict != "undecided" else "", small))
+            small = [
+                f"[{number(gain.low, digits)}, {number(gain.high, digits)}]",
+                f"d {number(gain.effect, 1)}, {gain.share_improved:.0%}".replace("%", " %"),
+            ]
+            cells.append(
+                cell(
+                    number(gain.improvement, digits),
+                    gain.verdict if gain.verdict != "undecided" else "",
+                    small,
+                )
+            )
         rows.append([cell(label)] + cells)
-    heads = ["Pair"] + [METRIC_STYLE[name].label + (f" ({METRIC_STYLE[name].unit})" if METRIC_STYLE[name].unit else "") for name in names]
+    heads = ["Pair"] + [
+        METRIC_STYLE[name].label + (f" ({METRIC_STYLE[name].unit})" if METRIC_STYLE[name].unit else "")
+        for name in names
+    ]
     return {"caption": caption, "heads": heads, "left": 1, "rows": rows, "groups": [], "edges": []}
 
 
@@ -216,44 +334,65 @@ def mask_sentences(table: pd.DataFrame, view: str = "face") -> list[dict]:
     sentences = []
     for label, group in table[table["view"] == view].groupby("label", sort=False):
         found = group.set_index("metric", drop=False)
-        told = [gain_sentence(found.loc[name]) for name in ("l1", "l2", "ssim", "lpips", "delta_e") if name in found.index]
-        sentences.append({"label": f"{label} ({group.first_name.iloc[0]} → {group.second_name.iloc[0]}):", "text": "masks " + "; ".join(told) + "."})
+        told = [
+            gain_sentence(found.loc[name])
+            for name in ("l1", "l2", "ssim", "lpips", "delta_e")
+            if name in found.index
+        ]
+        sentences.append(
+            {
+                "label": f"{label} ({group.first_name.iloc[0]} → {group.second_name.iloc[0]}):",
+                "text": "masks " + "; ".join(told) + ".",
+            }
+        )
     return sentences
 
 
 def findings(summary: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
     """What the numbers say in a few sentences, the face view first."""
     told = []
-    for view, meaning in (("face", "face pixels only"), ("composite", "true background pasted into both"), ("raw", "whole frame")):
+    for view, meaning in (
+        ("face", "face pixels only"),
+        ("composite", "true background pasted into both"),
+        ("raw", "whole frame"),
+    ):
         part = gains[(gains["view"] == view) & gains.metric.isin(ERRORS)]
         if len(part):
             counts = part.verdict.value_counts()
             l1 = part[part.metric == "l1"]
-            change = f" L1 changed by {(l1.difference / l1['first']).mean():+.1%} on average over losses.".replace("-", "−").replace("%", " %") if len(l1) else ""
-            told.append(f"On the {view} view ({meaning}), masks did better in {counts.get('better', 0)} of {len(part)} pairs of loss and metric, worse in "
-                        f"{counts.get('worse', 0)}, undecided in {counts.get('undecided', 0)}.{change}")
+            change = (
+                f" L1 changed by {(l1.difference / l1['first']).mean():+.1%} on average over losses.".replace(
+                    "-", "−"
+                ).replace("%", " %")
+                if len(l1)
+                else ""
+            )
+            told.append(
+                f"On the {view} view ({meaning}), masks did better in {counts.get('better', 0)} of {len(part)} pairs of loss and metric, worse in "
+                f"{counts.get('worse', 0)}, undecided in {counts.get('undecided', 0)}.{change}"
+            )
     best = summary[(summary["view"] == "face") & summary.best & summary.metric.isin(ERRORS)]
     if len(best):
         wins = best.hypothesis.value_counts()
         leaders = wins[wins == wins.max()].index
-        names = " and ".join(f"{name} ({best.terms[best.hypothesis == name].iloc[0]}, {'with' if best['mask'][best.hypothesis == name].iloc[0] else 'without'} masks)"
-                             for name in leaders)
-        told.append(f"Most often best on the face view: {names}, on {wins.max()} of {best.metric.nunique()} metrics"
-                    + (" each." if len(leaders) > 1 else "."))
+        names = " and ".join(
+            f"{name} ({best.terms[best.hypothesis == name].iloc[0]}, {'with' if best['mask'][best.hypothesis == name].iloc[0] else 'without'} masks)"
+            for name in leaders
+        )
+        told.append(
+            f"Most often best on the face view: {names}, on {wins.max()} of {best.metric.nunique()} metrics"
+            + (" each." if len(leaders) > 1 else ".")
+        )
     return told
 
-# %% ../../nbs/11_analysis/05_tables.ipynb #c0019
-import numpy as np
-import pandas as pd
-
-from .results import METRIC_STYLE
-from .statistics import QUESTIONS
-from .claims import Findings
-from .results import load_sweep
-from .claims import UNMEASURED, VERDICTS
-
 # %% ../../nbs/11_analysis/05_tables.ipynb #c0021
-KINDS = {"reproduced": "better", "contradicted": "worse", "not reproduced": "against", "undecided": "", UNMEASURED: "gone"}
+KINDS = {
+    "reproduced": "better",
+    "contradicted": "worse",
+    "not reproduced": "against",
+    "undecided": "",
+    UNMEASURED: "gone",
+}
 MARKS = {"reproduced": "✓", "contradicted": "✗", "not reproduced": "∅", "undecided": "?", UNMEASURED: "–"}
 
 
@@ -267,14 +406,22 @@ def percent(value: float, of: float, sign: bool = True) -> str:
 
 def part_cell(parts: pd.DataFrame) -> dict:
     """What became of one claim on one metric; of several pairs, the least favourable. parts: from `Findings.parts`."""
-    order = parts.assign(place=[(*VERDICTS, UNMEASURED).index(verdict) for verdict in parts.verdict], share=parts.gain / parts["first"])
+    order = parts.assign(
+        place=[(*VERDICTS, UNMEASURED).index(verdict) for verdict in parts.verdict],
+        share=parts.gain / parts["first"],
+    )
     row = order.sort_values(["place", "share"]).iloc[0]
     if row.missing:
         return cell("–", "gone", [row.missing])
     authors = percent(row.authors, row.first_authors)
-    small = [f"[{percent(row.low, row['first'])}, {percent(row.high, row['first'])}]"] + ([f"authors {authors}"] if authors != "–" else [])
+    small = [f"[{percent(row.low, row['first'])}, {percent(row.high, row['first'])}]"] + (
+        [f"authors {authors}"] if authors != "–" else []
+    )
     if len(parts) > 1:
-        small += [f"{(parts.verdict == 'reproduced').sum()} of {len(parts)} ✓", f"least: {row.first_name if parts.first_name.nunique() > 1 else row.second_name}"]
+        small += [
+            f"{(parts.verdict == 'reproduced').sum()} of {len(parts)} ✓",
+            f"least: {row.first_name if parts.first_name.nunique() > 1 else row.second_name}",
+        ]
     return cell(f"{percent(row.gain, row['first'])} {MARKS[row.verdict]}", KINDS[row.verdict], small)
 
 
@@ -288,12 +435,40 @@ def verdict_tables(found: Findings) -> list[dict]:
         for claim in found.claims[found.claims.name.isin(parts.claim)].itertuples():
             mine = parts[parts.claim == claim.name]
             counted = mine[mine.verdict != UNMEASURED]
-            tally = f"{(counted.verdict == 'reproduced').sum()} of {len(counted)} parts" if len(counted) > 1 else ""
+            tally = (
+                f"{(counted.verdict == 'reproduced').sum()} of {len(counted)} parts"
+                if len(counted) > 1
+                else ""
+            )
             view = [f"{claim.view} view"] if claim.view != "face" else []
-            cells = [part_cell(mine[mine.metric == name]) if name in set(mine.metric) else cell("") for name in names]
-            rows.append([cell(claim.statement, "wrap"), cell(claim.verdict, f"{KINDS[claim.verdict]} name".strip(), [*([tally] if tally else []), *view])] + cells)
-        tables.append({"heading": QUESTIONS.get(question, question),
-                       "table": {"caption": "", "heads": ["Claim", "Verdict"] + [METRIC_STYLE[name].label for name in names], "left": 2, "rows": rows, "groups": [], "edges": []}})
+            cells = [
+                part_cell(mine[mine.metric == name]) if name in set(mine.metric) else cell("")
+                for name in names
+            ]
+            rows.append(
+                [
+                    cell(claim.statement, "wrap"),
+                    cell(
+                        claim.verdict,
+                        f"{KINDS[claim.verdict]} name".strip(),
+                        [*([tally] if tally else []), *view],
+                    ),
+                ]
+                + cells
+            )
+        tables.append(
+            {
+                "heading": QUESTIONS.get(question, question),
+                "table": {
+                    "caption": "",
+                    "heads": ["Claim", "Verdict"] + [METRIC_STYLE[name].label for name in names],
+                    "left": 2,
+                    "rows": rows,
+                    "groups": [],
+                    "edges": [],
+                },
+            }
+        )
     return tables
 
 
@@ -304,12 +479,20 @@ def verdict_sentence(found: Findings) -> str:
         return ""
     told = [f"{counts[verdict]} {verdict}" for verdict in reversed(VERDICTS) if verdict in counts]
     parts = found.parts[found.parts.verdict != UNMEASURED]
-    return (f"Of the {len(found.claims)} claims, {', '.join(told)}. Counted part by part, a pair on a metric each, "
-            f"{(parts.verdict == 'reproduced').sum()} of {len(parts)} are reproduced and {(parts.verdict == 'contradicted').sum()} contradicted.")
+    return (
+        f"Of the {len(found.claims)} claims, {', '.join(told)}. Counted part by part, a pair on a metric each, "
+        f"{(parts.verdict == 'reproduced').sum()} of {len(parts)} are reproduced and {(parts.verdict == 'contradicted').sum()} contradicted."
+    )
 
 
 def claims_rows(found: Findings) -> tuple[list[str], list[list[tuple[str, str]]]]:
     """Heads and rows of the verdicts for `facevae.analysis.tables`."""
-    rows = [[(claim.statement, ""), (claim.verdict, "best" if claim.verdict == "reproduced" else ""), (f"{claim.reproduced}/{claim.parts - getattr(claim, 'unmeasured')}", "")]
-            for claim in found.claims.rename(columns={UNMEASURED: "unmeasured"}).itertuples()]
+    rows = [
+        [
+            (claim.statement, ""),
+            (claim.verdict, "best" if claim.verdict == "reproduced" else ""),
+            (f"{claim.reproduced}/{claim.parts - claim.unmeasured}", ""),
+        ]
+        for claim in found.claims.rename(columns={UNMEASURED: "unmeasured"}).itertuples()
+    ]
     return ["Claim", "Verdict", "Parts reproduced"], rows

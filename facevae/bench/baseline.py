@@ -22,12 +22,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms.functional import to_tensor
 
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 from ..data.labels import CLASSES, FACE_PARTS
-from ..config import ModelConfig
+from ..synthetic.render import draw_faces
 from ..system import processors
 from ..training.trainer import learning_rate
-from ..synthetic.render import draw_faces
 
 # %% ../../nbs/14_bench/01_baseline.ipynb #c0005
 def write_pictures(folder: str | Path, count: int, seed: int = 0) -> Path:
@@ -38,13 +37,17 @@ def write_pictures(folder: str | Path, count: int, seed: int = 0) -> Path:
     for start in range(0, count, 64):
         numbers = range(start, min(start + 64, count))
         faces = draw_faces(numbers, seed=seed, size=218)
-        for number, image, labels in zip(numbers, faces.images[:, :, 20:198].numpy(), faces.labels[:, :, 20:198].numpy()):
+        for number, image, labels in zip(
+            numbers, faces.images[:, :, 20:198].numpy(), faces.labels[:, :, 20:198].numpy()
+        ):
             Image.fromarray(image).save(folder / "images" / f"{number:06d}.jpg")
             Image.fromarray(labels).save(folder / "labels" / f"{number:06d}.png")
     return folder
 
 
-FACE = np.array([255 * (name in FACE_PARTS) for name in CLASSES], np.uint8)  # by class number: 255 for the face
+FACE = np.array(
+    [255 * (name in FACE_PARTS) for name in CLASSES], np.uint8
+)  # by class number: 255 for the face
 
 
 class PlainFaces(Dataset):
@@ -62,7 +65,11 @@ class PlainFaces(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         name, square = self.names[index], (self.size, self.size)
-        image = Image.open(self.folder / "images" / f"{name}.jpg").convert("RGB").resize(square, Image.Resampling.BILINEAR)
+        image = (
+            Image.open(self.folder / "images" / f"{name}.jpg")
+            .convert("RGB")
+            .resize(square, Image.Resampling.BILINEAR)
+        )
         labels = np.asarray(Image.open(self.folder / "labels" / f"{name}.png"))
         mask = Image.fromarray(FACE[labels]).resize(square, Image.Resampling.BILINEAR)
         if self.flip and random.random() < 0.5:
@@ -87,8 +94,13 @@ def plain_decoder(latent_dim: int, widths: list[int], out_channels: int) -> nn.S
     layers, channels = [], latent_dim
     for step, width in enumerate(widths):
         crop = [] if step == 2 else [CropEnd()]
-        layers += [nn.ConvTranspose2d(channels, width, 3, stride=2), *crop, nn.BatchNorm2d(width, eps=1e-3), nn.ELU(),
-                   *plain_block(width, width)]
+        layers += [
+            nn.ConvTranspose2d(channels, width, 3, stride=2),
+            *crop,
+            nn.BatchNorm2d(width, eps=1e-3),
+            nn.ELU(),
+            *plain_block(width, width),
+        ]
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
 
@@ -98,7 +110,10 @@ class PlainVAE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        def scaled(widths): return [max(4, round(width * config.width)) for width in widths]
+
+        def scaled(widths):
+            return [max(4, round(width * config.width)) for width in widths]
+
         doublings = {36: 2, 72: 3, 144: 4, 288: 5}[config.size]
         outer = ([32] + [32, 64, 128, 256])[-doublings:]
         layers, channels = [], 3
@@ -129,9 +144,13 @@ def plain_losses(out, images: torch.Tensor, mask: torch.Tensor) -> dict[str, tor
     pasted = recon * mask + images * (1 - mask)
     prob = mask_logits.sigmoid()
     dice = (2 * (prob * mask).sum() + 1) / ((prob**2).sum() + (mask**2).sum() + 1)
-    return {"ssim": 2 - ssim(pasted, images, data_range=1, win_size=9, win_sigma=1.5), "l2": 100 * F.mse_loss(pasted, images),
-            "kl": 1e-3 * 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).mean(),
-            "mask_bce": F.binary_cross_entropy_with_logits(mask_logits, mask), "mask_dice": 1 - dice}
+    return {
+        "ssim": 2 - ssim(pasted, images, data_range=1, win_size=9, win_sigma=1.5),
+        "l2": 100 * F.mse_loss(pasted, images),
+        "kl": 1e-3 * 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).mean(),
+        "mask_bce": F.binary_cross_entropy_with_logits(mask_logits, mask),
+        "mask_dice": 1 - dice,
+    }
 
 # %% ../../nbs/14_bench/01_baseline.ipynb #c0014
 class PlainTraining:
@@ -140,7 +159,9 @@ class PlainTraining:
     folder: as `write_pictures` makes it. workers: processes that open pictures (default: one a core, at most 8).
     """
 
-    def __init__(self, folder: str | Path, config: RunConfig, device: torch.device, workers: int | None = None):
+    def __init__(
+        self, folder: str | Path, config: RunConfig, device: torch.device, workers: int | None = None
+    ):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
         self.model = PlainVAE(config.model).to(device)
@@ -150,13 +171,24 @@ class PlainTraining:
             elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, eps=config.adam_epsilon)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(config, step) / config.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.learning_rate, eps=config.adam_epsilon
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate(config, step) / config.learning_rate
+        )
         dataset = PlainFaces(folder, config.size, config.flip)
         endless = RandomSampler(dataset, replacement=True, num_samples=10**9)
         before = set(active_children())
-        self.batches = iter(DataLoader(dataset, config.batch_size, sampler=endless, num_workers=min(8, processors()) if workers is None else workers,
-                                       pin_memory=device.type == "cuda"))
+        self.batches = iter(
+            DataLoader(
+                dataset,
+                config.batch_size,
+                sampler=endless,
+                num_workers=min(8, processors()) if workers is None else workers,
+                pin_memory=device.type == "cuda",
+            )
+        )
         self.workers = [process for process in active_children() if process not in before]
         self.history = []
 

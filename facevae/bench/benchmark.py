@@ -18,16 +18,16 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
-from ..core import FaceVAEError, choices, progress_bar, write_text
-from ..config import make_config
-from .timing import machine, peak_memory
 from .baseline import write_pictures
 from .roofline import measured_peaks
-from ..data.sources import FolderSource
+from .timing import machine, peak_memory
+from .workloads import measure_opening, measure_roofline, measure_steps, measured_row
+from ..config import make_config
+from ..core import FaceVAEError, choices, progress_bar, write_text
 from ..data.packing import pack
+from ..data.sources import FolderSource
 from ..plotting import new_figure, save, styled
 from ..synthetic.render import draw_faces
-from .workloads import measure_opening, measure_roofline, measure_steps, measured_row
 
 # %% ../../nbs/14_bench/04_benchmark.ipynb #c0005
 MEASUREMENTS = {
@@ -46,15 +46,25 @@ PICTURES = 192
 
 def _chosen(names: Iterable[str] | str | None, options: Iterable[str], what: str) -> list[str]:
     """The named options in the options' order, all when None. Raises FaceVAEError for an unknown one."""
-    names = list(options) if names is None else [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    names = (
+        list(options)
+        if names is None
+        else [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    )
     for name in names:
         if name not in options:
             raise FaceVAEError(f"'{name}' is not a {what} of the benchmark. {choices(name, options)}")
     return [name for name in options if name in names]
 
 # %% ../../nbs/14_bench/04_benchmark.ipynb #c0008
-def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str] | str | None = None, seconds: float = 20, steps: int = 0,
-                  overrides: dict | None = None, progress: bool = False) -> pd.DataFrame:
+def run_benchmark(
+    only: Iterable[str] | str | None = None,
+    recipes: Iterable[str] | str | None = None,
+    seconds: float = 20,
+    steps: int = 0,
+    overrides: dict | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
     """Measure this machine: a row a measurement, with images a second, the ratio to the plain loop, and peak memory.
 
     only: of MEASUREMENTS (default: all). recipes: "quick" (72 px, width 0.25, batch 16) and "paper" (H9 at 144 px, full width, batch 32).
@@ -63,12 +73,26 @@ def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str
     attrs: machine, configs, peaks, roofline, opening, ratios, needs_gpu: all JSON. Raises FaceVAEError for an unknown name.
     """
     only, recipes = _chosen(only, MEASUREMENTS, "measurement"), _chosen(recipes, SIZES, "recipe")
-    configs = {recipe: make_config("H9", recipe, overrides={"size": SIZES[recipe]} | (overrides or {})).fit(288) for recipe in recipes}
+    configs = {
+        recipe: make_config("H9", recipe, overrides={"size": SIZES[recipe]} | (overrides or {})).fit(288)
+        for recipe in recipes
+    }
     device = Accelerator(mixed_precision="no").device
-    rows, attrs = [], {"machine": machine(device), "configs": {recipe: config.model_dump(mode="json") for recipe, config in configs.items()},
-                       "peaks": None, "roofline": {}, "opening": None}
+    rows, attrs = (
+        [],
+        {
+            "machine": machine(device),
+            "configs": {recipe: config.model_dump(mode="json") for recipe, config in configs.items()},
+            "peaks": None,
+            "roofline": {},
+            "opening": None,
+        },
+    )
     cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory(prefix="facevae-bench-") as scratch, progress_bar(0, "bench", "", progress) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="facevae-bench-") as scratch,
+        progress_bar(0, "bench", "", progress) as bar,
+    ):
         bar.bar_format, told = "{desc} [{elapsed}]", set()
 
         def tell(text: str) -> None:
@@ -90,8 +114,12 @@ def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str
                 with peak_memory(cpu) as memory:
                     for _ in range(2 if "packing" in only else 1):
                         start = time.perf_counter()
-                        store = pack(FolderSource(folder / "images", folder / "labels", "face-parsing", config.size), Path(scratch) / recipe,
-                                     overwrite=True, progress=False)
+                        store = pack(
+                            FolderSource(folder / "images", folder / "labels", "face-parsing", config.size),
+                            Path(scratch) / recipe,
+                            overwrite=True,
+                            progress=False,
+                        )
                         times.append(time.perf_counter() - start)
                 if "packing" in only:
                     rows.append(measured_row(recipe, "packing", config, len(store), times, memory))
@@ -105,13 +133,17 @@ def run_benchmark(only: Iterable[str] | str | None = None, recipes: Iterable[str
                         times.append(time.perf_counter() - start)
                 rows.append(measured_row(recipe, "drawing", config, 48, times, memory))
             if store and {"reference", "step", "resident", "evaluation", "roofline"} & set(only):
-                found, parts = measure_steps(recipe, config, folder, store, device, only, seconds, steps, tell)
+                found, parts = measure_steps(
+                    recipe, config, folder, store, device, only, seconds, steps, tell
+                )
                 rows += found
                 if parts:
                     attrs["roofline"][recipe] = measure_roofline(config, attrs["peaks"], parts)
         if "opening" in only:
             tell("opening a large store")
-            attrs["opening"] = measure_opening(Path(scratch), max(configs.values(), key=lambda config: config.size))
+            attrs["opening"] = measure_opening(
+                Path(scratch), max(configs.values(), key=lambda config: config.size)
+            )
     return _finish(pd.DataFrame(rows), attrs)
 
 
@@ -128,11 +160,18 @@ def _finish(table: pd.DataFrame, attrs: dict) -> pd.DataFrame:
         if len(usual) and "reference" in rates:
             ratios.setdefault(recipe, {})["step_to_reference"] = usual.iloc[0] / rates["reference"]
         if len(usual) and "evaluation" in rates:  # time to evaluate 20,000 pictures / time to train on 60,000
-            ratios.setdefault(recipe, {})["evaluation_to_training"] = (20_000 / rates["evaluation"]) / (60_000 / usual.iloc[0])
+            ratios.setdefault(recipe, {})["evaluation_to_training"] = (20_000 / rates["evaluation"]) / (
+                60_000 / usual.iloc[0]
+            )
         if len(usual):
             ratios.setdefault(recipe, {})["input_share"] = part.loc[part["usual"], "input_share"].iloc[0]
     gpu = "cuda" in attrs["machine"]
-    table.attrs = attrs | {"ratios": ratios, "needs_gpu": [] if gpu else ["step compiled", "memory allocated on the device", "the data sheet's bound"]}
+    table.attrs = attrs | {
+        "ratios": ratios,
+        "needs_gpu": []
+        if gpu
+        else ["step compiled", "memory allocated on the device", "the data sheet's bound"],
+    }
     return table
 
 # %% ../../nbs/14_bench/04_benchmark.ipynb #c0010
@@ -145,27 +184,61 @@ def format_benchmark(table: pd.DataFrame) -> str:
     attrs, lines = table.attrs, []
     lines.append(", ".join(f"{name} {value}" for name, value in attrs["machine"].items()))
     if len(table):
-        shown = pd.DataFrame({"recipe": table["recipe"], "measurement": table["measurement"] + table["usual"].map({True: " *", False: ""}),
-                              "precision": table.apply(_precision, axis=1), "size": table["size"],
-                              "images/s": table["images_per_second"].map("{:,.1f}".format),
-                              "slowest to fastest turn": [f"{low:,.1f} to {high:,.1f}" for low, high in zip(table["slowest"], table["fastest"])],
-                              "x plain loop": table["ratio"].map("{:.2f}".format).replace("nan", ""),
-                              "peak MB": table["peak_memory_mb"].map("{:,.0f}".format),
-                              "first step s": table["first_step_seconds"].map("{:.1f}".format).replace("nan", "")})
-        lines += ["", shown.to_string(index=False), "", f"* what the recipe chooses here. Peak MB: {table['memory_kind'].iloc[0]}, beyond what was "
-                  "held before; worker processes of the plain loop not counted."]
+        shown = pd.DataFrame(
+            {
+                "recipe": table["recipe"],
+                "measurement": table["measurement"] + table["usual"].map({True: " *", False: ""}),
+                "precision": table.apply(_precision, axis=1),
+                "size": table["size"],
+                "images/s": table["images_per_second"].map("{:,.1f}".format),
+                "slowest to fastest turn": [
+                    f"{low:,.1f} to {high:,.1f}" for low, high in zip(table["slowest"], table["fastest"])
+                ],
+                "x plain loop": table["ratio"].map("{:.2f}".format).replace("nan", ""),
+                "peak MB": table["peak_memory_mb"].map("{:,.0f}".format),
+                "first step s": table["first_step_seconds"].map("{:.1f}".format).replace("nan", ""),
+            }
+        )
+        lines += [
+            "",
+            shown.to_string(index=False),
+            "",
+            f"* what the recipe chooses here. Peak MB: {table['memory_kind'].iloc[0]}, beyond what was "
+            "held before; worker processes of the plain loop not counted.",
+        ]
     for recipe, found in attrs["ratios"].items():
-        words = {"step_to_reference": "a step is {:.2f} times as fast as the plain loop", "input_share": "input takes {:.1%} of it",
-                 "evaluation_to_training": "evaluating 20,000 pictures takes {:.2f} times as long as training on 60,000"}
-        lines.append(f"{recipe}: " + "; ".join(text.format(found[name]) for name, text in words.items() if name in found))
+        words = {
+            "step_to_reference": "a step is {:.2f} times as fast as the plain loop",
+            "input_share": "input takes {:.1%} of it",
+            "evaluation_to_training": "evaluating 20,000 pictures takes {:.2f} times as long as training on 60,000",
+        }
+        lines.append(
+            f"{recipe}: "
+            + "; ".join(text.format(found[name]) for name, text in words.items() if name in found)
+        )
     for recipe, found in attrs["roofline"].items():
-        lines.append(f"{recipe}: {found['gflop']:,.1f} GFLOP and {found['gb']:.2f} GB a step; at least {found['bound_ms']:,.1f} ms here, taken "
-                     f"{found['step_ms']:,.1f} ms: {found['reached']:.0%} of the bound reached in {found['precision']}")
-        lines.append("    measured: " + ", ".join(f"{kind['kind']} {kind['share_of_step']:.0%}" for kind in found["kinds"] if kind["share_of_step"]))
+        lines.append(
+            f"{recipe}: {found['gflop']:,.1f} GFLOP and {found['gb']:.2f} GB a step; at least {found['bound_ms']:,.1f} ms here, taken "
+            f"{found['step_ms']:,.1f} ms: {found['reached']:.0%} of the bound reached in {found['precision']}"
+        )
+        lines.append(
+            "    measured: "
+            + ", ".join(
+                f"{kind['kind']} {kind['share_of_step']:.0%}"
+                for kind in found["kinds"]
+                if kind["share_of_step"]
+            )
+        )
     if found := attrs["opening"]:
-        lines.append(f"a store of {found['pictures']:,} pictures of {found['size']} px opens in {found['seconds']:.3f} s, its index is read in "
-                     f"{found['index_seconds']:.2f} s; {found['batches']} random batches ({found['batches_mb']:,.0f} MB) took {found['reading_mb']:,.0f} MB of memory"
-                     + (f", of which {found['held_mb']:,.0f} MB are not pages of the files" if found["held_mb"] is not None else ""))
+        lines.append(
+            f"a store of {found['pictures']:,} pictures of {found['size']} px opens in {found['seconds']:.3f} s, its index is read in "
+            f"{found['index_seconds']:.2f} s; {found['batches']} random batches ({found['batches_mb']:,.0f} MB) took {found['reading_mb']:,.0f} MB of memory"
+            + (
+                f", of which {found['held_mb']:,.0f} MB are not pages of the files"
+                if found["held_mb"] is not None
+                else ""
+            )
+        )
     if attrs["needs_gpu"]:
         lines.append(f"Not measured, needs a GPU: {', '.join(attrs['needs_gpu'])}.")
     return "\n".join(lines)
@@ -181,25 +254,68 @@ def benchmark_plot(table: pd.DataFrame) -> Figure:
     figure = new_figure(8, 0.7 + 2.1 * len(recipes))
     grid = figure.subplots(len(recipes), 2, squeeze=False)
     for (left, right), recipe in zip(grid, recipes):
-        part = table[(table["recipe"] == recipe) & table["measurement"].isin(BARS)].sort_values("images_per_second", ascending=False)
+        part = table[(table["recipe"] == recipe) & table["measurement"].isin(BARS)].sort_values(
+            "images_per_second", ascending=False
+        )
         names = {"reference": "plain loop", "step": "facevae", "resident": "without input"}
         labels = [f"{names[row['measurement']]}\n{_precision(row)}" for _, row in part.iterrows()]
-        left.barh(range(len(part)), part["images_per_second"], color=part["measurement"].map(BARS), height=0.7)
+        left.barh(
+            range(len(part)), part["images_per_second"], color=part["measurement"].map(BARS), height=0.7
+        )
         for place, (_, row) in enumerate(part.iterrows()):
             ratio = f"  x {row['ratio']:.2f}" if pd.notna(row["ratio"]) else ""
-            left.annotate(f"{row['images_per_second']:,.0f}" if row["images_per_second"] >= 20 else f"{row['images_per_second']:.1f}", (row["images_per_second"], place), (4, 0),
-                          textcoords="offset points", va="center")
-            left.annotate(ratio, (row["images_per_second"], place), (28, 0), textcoords="offset points", va="center", color="#777777")
+            left.annotate(
+                f"{row['images_per_second']:,.0f}"
+                if row["images_per_second"] >= 20
+                else f"{row['images_per_second']:.1f}",
+                (row["images_per_second"], place),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+            left.annotate(
+                ratio,
+                (row["images_per_second"], place),
+                (28, 0),
+                textcoords="offset points",
+                va="center",
+                color="#777777",
+            )
         config = table.attrs["configs"][recipe]
-        left.set(yticks=range(len(part)), yticklabels=labels, xlabel="images a second  (x: times the plain loop)",
-                 title=f"{recipe}: {config['size']} px, width {config['width']:g}, batch {config['batch_size']}")
+        left.set(
+            yticks=range(len(part)),
+            yticklabels=labels,
+            xlabel="images a second  (x: times the plain loop)",
+            title=f"{recipe}: {config['size']} px, width {config['width']:g}, batch {config['batch_size']}",
+        )
         left.set_xlim(0, 1.4 * max(part["images_per_second"], default=1))
         left.invert_yaxis()
         left.grid(axis="y", visible=False)
-        kinds = [kind for kind in table.attrs["roofline"].get(recipe, {}).get("kinds", []) if kind["measured_ms"] and kind["share_of_step"] >= 0.005]
-        right.barh(range(len(kinds)), [kind["measured_ms"] for kind in kinds], color="#a9bccd", height=0.7, label="measured")
-        right.barh(range(len(kinds)), [kind["bound_ms"] or 0 for kind in kinds], color="#00558c", height=0.3, label="least (roofline)")
-        right.set(yticks=range(len(kinds)), yticklabels=[kind["kind"] for kind in kinds], xlabel="milliseconds a step", title="where a step's time goes")
+        kinds = [
+            kind
+            for kind in table.attrs["roofline"].get(recipe, {}).get("kinds", [])
+            if kind["measured_ms"] and kind["share_of_step"] >= 0.005
+        ]
+        right.barh(
+            range(len(kinds)),
+            [kind["measured_ms"] for kind in kinds],
+            color="#a9bccd",
+            height=0.7,
+            label="measured",
+        )
+        right.barh(
+            range(len(kinds)),
+            [kind["bound_ms"] or 0 for kind in kinds],
+            color="#00558c",
+            height=0.3,
+            label="least (roofline)",
+        )
+        right.set(
+            yticks=range(len(kinds)),
+            yticklabels=[kind["kind"] for kind in kinds],
+            xlabel="milliseconds a step",
+            title="where a step's time goes",
+        )
         right.invert_yaxis()
         right.grid(axis="y", visible=False)
         if kinds:

@@ -8,6 +8,8 @@ __all__ = ['PASSES', 'LAYERS', 'DATA_SHEETS', 'POINTS', 'GROUPS', 'KINDS', 'laye
            'loss_alone', 'where_time_goes']
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0003
+import os
+import re
 import time
 from collections.abc import Callable
 
@@ -16,33 +18,52 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from ..model.batch_norm import BatchNorm
-from ..training.hardware import has_bf16
 from .timing import synchronize
-from ..model.vae import FaceVAE, ModelConfig
+from ..model.batch_norm import BatchNorm
+from ..model.losses import loss_terms, weigh
+from ..model.vae import FaceVAE, FaceVAEOutput, ModelConfig
 from ..plotting import new_figure, styled
+from ..training.hardware import has_bf16
+from ..training.trainer import Trainer, step_noise
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0005
 PASSES = ("forward", "backward by input", "backward by weight")
-LAYERS = {nn.Conv2d: "convolution", nn.ConvTranspose2d: "transposed convolution", nn.Linear: "linear", BatchNorm: "normalisation",
-          nn.ELU: "activation", nn.MaxPool2d: "pooling"}
+LAYERS = {
+    nn.Conv2d: "convolution",
+    nn.ConvTranspose2d: "transposed convolution",
+    nn.Linear: "linear",
+    BatchNorm: "normalisation",
+    nn.ELU: "activation",
+    nn.MaxPool2d: "pooling",
+}
 
 
 def layer_shapes(config: ModelConfig, batch_size: int) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
     """(name, layer, shape of its input, shape of its output) of a model's layers, in the order they run."""
     with torch.device("meta"):
         vae = FaceVAE(config).train()
-        images, noise = torch.empty(batch_size, 3, config.size, config.size), torch.empty(batch_size, config.latent_dim)
+        images, noise = (
+            torch.empty(batch_size, 3, config.size, config.size),
+            torch.empty(batch_size, config.latent_dim),
+        )
     found = []
     for name, layer in vae.named_modules():
         if type(layer) in LAYERS:
-            layer.register_forward_hook(lambda layer, inputs, output, name=name: found.append((name, layer, inputs[0].shape, output.shape)))
+            layer.register_forward_hook(
+                lambda layer, inputs, output, name=name: found.append(
+                    (name, layer, inputs[0].shape, output.shape)
+                )
+            )
     vae(images, noise=noise, sample=True)
     return found
 
 
-def _layer_costs(layer: nn.Module, inputs: torch.Size, outputs: torch.Size, element: int) -> list[tuple[str, int, int]]:
+def _layer_costs(
+    layer: nn.Module, inputs: torch.Size, outputs: torch.Size, element: int
+) -> list[tuple[str, int, int]]:
     """(pass, operations, bytes) of a layer. element: bytes of a number."""
     count_in, count_out = inputs.numel(), outputs.numel()
     if hasattr(layer, "weight") and layer.weight.ndim > 1:
@@ -54,8 +75,10 @@ def _layer_costs(layer: nn.Module, inputs: torch.Size, outputs: torch.Size, elem
     per_input = {"normalisation": (8, 11), "activation": (3, 3), "pooling": (1, 1)}[LAYERS[type(layer)]]
     # Going back, a layer reads the gradient and what it kept from the way forth, and writes a gradient.
     kept = count_out if isinstance(layer, nn.ELU) else count_in
-    return [("forward", per_input[0] * count_in, (count_in + count_out) * element),
-            ("backward by input", per_input[1] * count_in, (count_in + count_out + kept) * element)]
+    return [
+        ("forward", per_input[0] * count_in, (count_in + count_out) * element),
+        ("backward by input", per_input[1] * count_in, (count_in + count_out + kept) * element),
+    ]
 
 
 def step_costs(config: ModelConfig, batch_size: int, precision: str = "fp32") -> pd.DataFrame:
@@ -65,13 +88,26 @@ def step_costs(config: ModelConfig, batch_size: int, precision: str = "fp32") ->
     """
     element, pixels = {"fp32": 4, "bf16": 2}[precision], batch_size * config.size**2
     layers = layer_shapes(config, batch_size)
-    rows = [("input", "input", "forward", 8 * pixels, (4 + 4 * 4) * pixels)]  # bytes of picture and labels to floats
+    rows = [
+        ("input", "input", "forward", 8 * pixels, (4 + 4 * 4) * pixels)
+    ]  # bytes of picture and labels to floats
     for name, layer, inputs, outputs in layers:
-        rows += [(name, LAYERS[type(layer)], *cost) for cost in _layer_costs(layer, inputs, outputs, element)
-                 if not (cost[0] == "backward by input" and inputs[1] == 3 and name.startswith("encoder"))]
+        rows += [
+            (name, LAYERS[type(layer)], *cost)
+            for cost in _layer_costs(layer, inputs, outputs, element)
+            if not (cost[0] == "backward by input" and inputs[1] == 3 and name.startswith("encoder"))
+        ]
     # SSIM: means of 5 products over windows of 9 + 9, and 3 of them on the way back; some 30 operations a value elsewhere.
     for part, windows, tensors in (("forward", 5, 8), ("backward by input", 3, 12)):
-        rows.append(("loss", "loss", part, (windows * 2 * 2 * 9 + 30) * 3 * pixels + 20 * pixels, tensors * 4 * pixels))
+        rows.append(
+            (
+                "loss",
+                "loss",
+                part,
+                (windows * 2 * 2 * 9 + 30) * 3 * pixels + 20 * pixels,
+                tensors * 4 * pixels,
+            )
+        )
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in FaceVAE(config).parameters())
     rows.append(("clipping and Adam", "optimiser", "forward", 16 * parameters, 8 * 4 * parameters))
@@ -79,8 +115,12 @@ def step_costs(config: ModelConfig, batch_size: int, precision: str = "fp32") ->
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0011
 # Dense arithmetic (FLOP/s; fp32 stands for TF32) and memory bandwidth (bytes/s), from NVIDIA's data sheets.
-DATA_SHEETS = {"H200": {"bf16": 989e12, "fp32": 494e12, "bandwidth": 4.8e12}, "H100 PCIe": {"bf16": 756e12, "fp32": 378e12, "bandwidth": 2.0e12},
-               "H100": {"bf16": 989e12, "fp32": 494e12, "bandwidth": 3.35e12}, "A100": {"bf16": 312e12, "fp32": 156e12, "bandwidth": 2.0e12}}
+DATA_SHEETS = {
+    "H200": {"bf16": 989e12, "fp32": 494e12, "bandwidth": 4.8e12},
+    "H100 PCIe": {"bf16": 756e12, "fp32": 378e12, "bandwidth": 2.0e12},
+    "H100": {"bf16": 989e12, "fp32": 494e12, "bandwidth": 3.35e12},
+    "A100": {"bf16": 312e12, "fp32": 156e12, "bandwidth": 2.0e12},
+}
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, seconds: float = 0.25) -> float:
@@ -100,7 +140,11 @@ def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of the best product of two square matrices, or of a convolution of 128 channels as large."""
     left, right = torch.rand(2, side, side, device=device).to(dtype)
     rates = [2 * side**3 / best_seconds(lambda: left @ right, device)]
-    images = torch.rand(side // 64, 128, 36, 36, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    images = (
+        torch.rand(side // 64, 128, 36, 36, device=device)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+    )
     weight = torch.rand(128, 128, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         seconds = best_seconds(lambda: torch.conv2d(images, weight, padding=1), device)
@@ -120,30 +164,48 @@ def measured_peaks(device: torch.device) -> dict:
     finally:
         torch.set_float32_matmul_precision(before)
     rates, best = {}, 0.0
-    for power in range(30 if gpu else 28, 15, -2):  # from large to small: a smaller copy is never slower for its size alone
+    for power in range(
+        30 if gpu else 28, 15, -2
+    ):  # from large to small: a smaller copy is never slower for its size alone
         source = torch.ones(2**power // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         best = max(best, 2**power / best_seconds(lambda: target.copy_(source), device, 0.05))
         rates[2**power] = best
-    sheet = next((sheet for name, sheet in DATA_SHEETS.items() if gpu and name in torch.cuda.get_device_name(device)), None)
+    sheet = next(
+        (sheet for name, sheet in DATA_SHEETS.items() if gpu and name in torch.cuda.get_device_name(device)),
+        None,
+    )
     return peaks | {"bandwidth": dict(sorted(rates.items())), "data sheet": sheet}
 
 
 def bound(costs: pd.DataFrame, peaks: dict, precision: str) -> pd.DataFrame:
     """The costs with the least seconds that each row takes, and what limits it ("arithmetic" or "memory")."""
     rates = peaks["bandwidth"]
-    bandwidth = costs["bytes"].map(lambda moved: rates[min((size for size in rates if size >= moved), default=max(rates))])
+    bandwidth = costs["bytes"].map(
+        lambda moved: rates[min((size for size in rates if size >= moved), default=max(rates))]
+    )
     # Only matrix products can be done in bf16; what is left is done in 32 bits.
-    arithmetic = costs["flops"] / costs["kind"].map(lambda kind: peaks[precision if kind in ("convolution", "transposed convolution", "linear") else "fp32"])
+    arithmetic = costs["flops"] / costs["kind"].map(
+        lambda kind: peaks[
+            precision if kind in ("convolution", "transposed convolution", "linear") else "fp32"
+        ]
+    )
     memory = costs["bytes"] / bandwidth
-    return costs.assign(seconds=arithmetic.combine(memory, max), limit=(arithmetic > memory).map({True: "arithmetic", False: "memory"}))
+    return costs.assign(
+        seconds=arithmetic.combine(memory, max),
+        limit=(arithmetic > memory).map({True: "arithmetic", False: "memory"}),
+    )
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0014
 @torch.no_grad()
-def forward_times(config: ModelConfig, batch_size: int, precision: str, device: torch.device, times: int = 3) -> pd.Series:
+def forward_times(
+    config: ModelConfig, batch_size: int, precision: str, device: torch.device, times: int = 3
+) -> pd.Series:
     """The least seconds of each layer's forward pass in training, by its name."""
     vae = FaceVAE(config).train().to(device, memory_format=torch.channels_last)
-    images = torch.rand(batch_size, 3, config.size, config.size, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(batch_size, 3, config.size, config.size, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     found, begun = {}, {}
 
     def before(layer, inputs, name):
@@ -157,19 +219,29 @@ def forward_times(config: ModelConfig, batch_size: int, precision: str, device: 
     for name, layer in vae.named_modules():
         if type(layer) in LAYERS:
             layer.register_forward_pre_hook(lambda layer, inputs, name=name: before(layer, inputs, name))
-            layer.register_forward_hook(lambda layer, inputs, output, name=name: after(layer, inputs, output, name))
+            layer.register_forward_hook(
+                lambda layer, inputs, output, name=name: after(layer, inputs, output, name)
+            )
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for _ in range(times + 1):  # the first chooses algorithms
             vae(images, sample=True)
     return pd.Series(found, name="measured")
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0015
-POINTS = {"convolution": ("#00558c", "o"), "transposed convolution": ("#56b4e9", "s"), "linear": ("#555555", "D"),
-          "normalisation": ("#d55e00", "^"), "activation": ("#cc78bc", "v"), "pooling": ("#029e73", "P")}
+POINTS = {
+    "convolution": ("#00558c", "o"),
+    "transposed convolution": ("#56b4e9", "s"),
+    "linear": ("#555555", "D"),
+    "normalisation": ("#d55e00", "^"),
+    "activation": ("#cc78bc", "v"),
+    "pooling": ("#029e73", "P"),
+}
 
 
 @styled
-def roofline_plot(costs: pd.DataFrame, peaks: dict, precision: str, times: pd.Series, title: str = "") -> Figure:
+def roofline_plot(
+    costs: pd.DataFrame, peaks: dict, precision: str, times: pd.Series, title: str = ""
+) -> Figure:
     """The layers' forward passes under the roof: operations a byte against operations a second, an area for the time.
 
     costs: what `step_costs` gives. times: what `forward_times` gives.
@@ -183,19 +255,46 @@ def roofline_plot(costs: pd.DataFrame, peaks: dict, precision: str, times: pd.Se
     roofs = [("memory", rates[max(rates)], "-"), ("cache", max(rates.values()), "--")]
     for name, rate, line in roofs:
         corner = peaks[precision] / rate
-        axes.plot([left, corner, right], [rate * left / 1e9, peaks[precision] / 1e9, peaks[precision] / 1e9], line, color="#333333", zorder=1,
-                  label=f"{peaks[precision] / 1e9:,.0f} GFLOP/s, {name} {rate / 1e9:,.0f} GB/s")
+        axes.plot(
+            [left, corner, right],
+            [rate * left / 1e9, peaks[precision] / 1e9, peaks[precision] / 1e9],
+            line,
+            color="#333333",
+            zorder=1,
+            label=f"{peaks[precision] / 1e9:,.0f} GFLOP/s, {name} {rate / 1e9:,.0f} GB/s",
+        )
     for kind, (color, marker) in POINTS.items():
         chosen = forward["kind"] == kind
         if chosen.any():
-            axes.scatter(intensity[chosen], speed[chosen], 22 + 700 * forward["measured"][chosen] / forward["measured"].sum(), color=color,
-                         marker=marker, alpha=0.75, linewidth=0.5, edgecolor="white", label=f"{kind} ({forward['measured'][chosen].sum() / forward['measured'].sum():.0%})")
-    axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="floating-point operations a byte moved", ylabel="GFLOP/s", title=title,
-             ylim=(speed.min() / 2, 2.5 * peaks[precision] / 1e9))
+            axes.scatter(
+                intensity[chosen],
+                speed[chosen],
+                22 + 700 * forward["measured"][chosen] / forward["measured"].sum(),
+                color=color,
+                marker=marker,
+                alpha=0.75,
+                linewidth=0.5,
+                edgecolor="white",
+                label=f"{kind} ({forward['measured'][chosen].sum() / forward['measured'].sum():.0%})",
+            )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(left, right),
+        xlabel="floating-point operations a byte moved",
+        ylabel="GFLOP/s",
+        title=title,
+        ylim=(speed.min() / 2, 2.5 * peaks[precision] / 1e9),
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title="roofs, and layers\n(share of forward time)", title_fontsize=9,
-                  markerscale=0.8)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside right upper",
+        title="roofs, and layers\n(share of forward time)",
+        title_fontsize=9,
+        markerscale=0.8,
+    )
     return figure
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0020
@@ -212,23 +311,6 @@ def compare(costs: pd.DataFrame, spent: pd.DataFrame) -> pd.DataFrame:
     table["share_of_step"] = table["measured_ms"] / table["measured_ms"].sum()
     table["reached"] = table["bound_ms"] / table["measured_ms"]
     return table.sort_values("measured_ms", ascending=False)
-
-# %% ../../nbs/14_bench/02_roofline.ipynb #c0024
-import os
-import re
-import time
-from collections.abc import Callable
-
-import pandas as pd
-import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-
-from ..model.losses import loss_terms, weigh
-from .timing import synchronize
-from ..model.vae import FaceVAEOutput
-from ..training.trainer import step_noise
-from ..training.trainer import Trainer
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0026
 KINDS = {
@@ -250,7 +332,9 @@ def kind_of(name: str) -> str:
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def operator_times(run: Callable[[], object], device: torch.device, times: int = 1) -> tuple[pd.Series, float]:
+def operator_times(
+    run: Callable[[], object], device: torch.device, times: int = 1
+) -> tuple[pd.Series, float]:
     """Seconds that each operator takes in one `run`, by name, and the seconds of the run by the clock.
 
     times: runs to average over. On a GPU these are the kernels' times.
@@ -264,7 +348,13 @@ def operator_times(run: Callable[[], object], device: torch.device, times: int =
         synchronize(device)
         wall = (time.perf_counter() - start) / times
     rows = [event for event in profiler.key_averages() if (event.device_type != DeviceType.CPU) == gpu]
-    spent = pd.Series({row.key: (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6 / times for row in rows}, dtype=float)
+    spent = pd.Series(
+        {
+            row.key: (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6 / times
+            for row in rows
+        },
+        dtype=float,
+    )
     return spent[spent > 0].sort_values(ascending=False), wall
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0030
@@ -272,13 +362,19 @@ def loss_alone(trainer: Trainer, step: int = 0) -> Callable[[], None]:
     """The loss of a batch, forward and backward, as something to run: without the model."""
     config, batch = trainer.config, trainer.data.at(step)
     noise = step_noise(config, step, len(batch.images)).to(trainer.device)
-    with torch.no_grad(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
+    with (
+        torch.no_grad(),
+        torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.precision == "bf16"),
+    ):
         out = trainer.vae(batch.images, noise=noise, sample=True)
-    leaves = FaceVAEOutput(*(None if part is None else part.detach().clone().requires_grad_() for part in out))
+    leaves = FaceVAEOutput(
+        *(None if part is None else part.detach().clone().requires_grad_() for part in out)
+    )
 
     def run() -> None:
         raw = loss_terms(leaves, batch.images, batch.mask if config.mask else None, trainer.terms)
         sum(weigh(raw, config.weights).values()).backward()
+
     return run
 
 
@@ -288,12 +384,17 @@ def where_time_goes(trainer: Trainer, times: int = 1) -> pd.DataFrame:
     "outside operators" is what the clock shows beyond them: Python, launches, and on a GPU waiting for them.
     """
     counter = iter(range(10**9))
-    def count() -> int: return next(counter)
+
+    def count() -> int:
+        return next(counter)
+
     loss = loss_alone(trainer)
     loss()
     whole, wall = operator_times(lambda: trainer.step(count()), trainer.device, times)
-    parts = {"input": operator_times(lambda: trainer.data.at(count()), trainer.device, times)[0],
-             "loss": operator_times(loss, trainer.device, times)[0]}
+    parts = {
+        "input": operator_times(lambda: trainer.data.at(count()), trainer.device, times)[0],
+        "loss": operator_times(loss, trainer.device, times)[0],
+    }
     # A compiler may merge the loss with its neighbours; then less than this is left to take off.
     rest = whole.sub(sum(part.reindex(whole.index).fillna(0) for part in parts.values())).clip(lower=0)
     seconds = rest.groupby(kind_of).sum().to_dict() | {name: part.sum() for name, part in parts.items()}

@@ -21,8 +21,8 @@ import torch
 import torchvision
 
 from .. import __version__
-from ..training.hardware import has_bf16
 from ..system import processors
+from ..training.hardware import has_bf16
 
 # %% ../../nbs/14_bench/00_timing.ipynb #c0005
 def _processor() -> str:
@@ -36,20 +36,33 @@ def _processor() -> str:
 
 def machine(device: torch.device) -> dict:
     """What a measurement depends on: device, processor, cores, threads, memory, versions."""
-    facts = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(), "processor": _processor(),
-             "cores": processors(), "threads": torch.get_num_threads(), "bf16": has_bf16(device), "system": f"{platform.system()} {platform.machine()}",
-             "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "facevae": __version__}
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+        "processor": _processor(),
+        "cores": processors(),
+        "threads": torch.get_num_threads(),
+        "bf16": has_bf16(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "facevae": __version__,
+    }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     if device.type == "cuda":
-        facts |= {"device_memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1), "cuda": torch.version.cuda,
-                  "cudnn": torch.backends.cudnn.version()}
+        facts |= {
+            "device_memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return facts
 
 # %% ../../nbs/14_bench/00_timing.ipynb #c0009
 @dataclass
 class Memory:
     """What a block of code took, in bytes. peak: beyond what was held before. total: with it. kind: what was counted."""
+
     kind: str = ""
     peak: int = 0
     total: int = 0
@@ -74,13 +87,19 @@ def private_memory() -> int | None:
 def _resident() -> tuple[str, Callable[[], tuple[int, int]]]:
     """What is counted on a processor, and a function that gives the bytes held before and the peak since."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # man proc_pid_clear_refs: resets the peak resident set size
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # man proc_pid_clear_refs: resets the peak resident set size
         before = _status("VmRSS")
         return "resident", lambda: (before, _status("VmHWM"))
     except OSError:
         import resource
+
         unit = 1 if platform.system() == "Darwin" else 1024
-        def highest(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        def highest():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
         before = highest()
         return "resident, highest since the process began", lambda: (before, highest())
 
@@ -118,6 +137,7 @@ class Contestant:
 
     pause, resume: stop and go on with what works in the background.
     """
+
     name: str
     step: Callable[[int], object]
     images: int
@@ -146,8 +166,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(contestants: list[Contestant], device: torch.device, seconds: float = 10, steps: int = 0, rounds: int = 2,
-               tell: Callable[[str], None] = lambda text: None) -> dict[str, list[float]]:
+def take_turns(
+    contestants: list[Contestant],
+    device: torch.device,
+    seconds: float = 10,
+    steps: int = 0,
+    rounds: int = 2,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[float]]:
     """Seconds a step of each contestant, one number a turn; all have taken a first step before.
 
     seconds: about how long to go on, but at least `rounds` rounds. steps: of each contestant in all, instead of a time.
@@ -160,7 +186,9 @@ def take_turns(contestants: list[Contestant], device: torch.device, seconds: flo
             # A turn takes about a twelfth of a contestant's time, and no step is cut.
             past = statistics.median(found[one.name]) if found[one.name] else None
             share = seconds / len(contestants) / 12
-            found[one.name].append(one.turn(1 if steps or past is None else max(1, min(100, round(share / past))), device))
+            found[one.name].append(
+                one.turn(1 if steps or past is None else max(1, min(100, round(share / past))), device)
+            )
         order.reverse()
         turns = len(found[order[0].name])
         if turns >= (steps or rounds) and (steps or time.perf_counter() - start >= seconds):

@@ -17,20 +17,17 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 
-from ..data.store import ArrayWriter
-from ..core import write_text
-from ..training.hardware import choose_compile, choose_precision, has_bf16
-from ..training.evaluation import evaluate
-from ..config import RunConfig
-from ..data.loader import Batches
-from ..data.store import FILES, RESIZE, Manifest
+from .baseline import PlainTraining
+from .roofline import bound, compare, step_costs, where_time_goes
 from .timing import Contestant, Memory, peak_memory, private_memory, synchronize, take_turns
+from ..config import RunConfig
+from ..core import write_text
+from ..data.loader import Batches
+from ..data.store import FILES, RESIZE, ArrayWriter, FaceStore, Manifest
 from ..metrics.image import METRICS
 from ..model.vae import FaceVAE
-from .roofline import where_time_goes
-from .baseline import PlainTraining
-from .roofline import bound, compare, step_costs
-from ..data.store import FaceStore
+from ..training.evaluation import evaluate
+from ..training.hardware import choose_compile, choose_precision, has_bf16
 from ..training.trainer import Trainer
 
 # %% ../../nbs/14_bench/03_workloads.ipynb #c0005
@@ -96,10 +93,19 @@ def write_sparse_store(path: str | Path, count: int = STORED, size: int = 144) -
             writer.file.truncate(writer.file.tell() + count * torch.Size(shape).numel())
             writer.count = count
     index = pd.DataFrame({"name": [f"{number:06d}.jpg" for number in range(count)]})
-    index["split"] = ["train"] * (count - 2 * (count // 10)) + ["val"] * (count // 10) + ["test"] * (count // 10)
+    index["split"] = (
+        ["train"] * (count - 2 * (count // 10)) + ["val"] * (count // 10) + ["test"] * (count // 10)
+    )
     index.to_parquet(path / "index.parquet", index=False)
-    manifest = Manifest(facevae="sparse", count=count, size=size, scheme="face-parsing", resize=RESIZE, source={"kind": "sparse"},
-                        sha256=dict.fromkeys(FILES, "0" * 64))
+    manifest = Manifest(
+        facevae="sparse",
+        count=count,
+        size=size,
+        scheme="face-parsing",
+        resize=RESIZE,
+        source={"kind": "sparse"},
+        sha256=dict.fromkeys(FILES, "0" * 64),
+    )
     write_text(path / "manifest.json", manifest.model_dump_json())
     return path
 
@@ -115,39 +121,90 @@ def measure_opening(folder: Path, config: RunConfig, batches: int = 100) -> dict
         index_seconds = time.perf_counter() - start - seconds
     data = Batches(store, "train", size=config.size, batch_size=config.batch_size)
     generator = torch.Generator().manual_seed(0)
-    data.load(rows[:config.batch_size])
+    data.load(rows[: config.batch_size])
     with peak_memory(cpu) as read:
         before, start = private_memory(), time.perf_counter()
         for _ in range(batches):
             data.load(rows[torch.randint(len(rows), (config.batch_size,), generator=generator).numpy()])
         rate = batches * config.batch_size / (time.perf_counter() - start)
         held = None if before is None else private_memory() - before
-    return {"pictures": STORED, "size": config.size, "seconds": seconds, "index_seconds": index_seconds, "memory_mb": opened.peak / 1e6, "batches": batches,
-            "batches_mb": batches * config.batch_size * config.size**2 * 4 / 1e6, "reading_mb": read.peak / 1e6, "held_mb": None if held is None else held / 1e6, "images_per_second": rate}
+    return {
+        "pictures": STORED,
+        "size": config.size,
+        "seconds": seconds,
+        "index_seconds": index_seconds,
+        "memory_mb": opened.peak / 1e6,
+        "batches": batches,
+        "batches_mb": batches * config.batch_size * config.size**2 * 4 / 1e6,
+        "reading_mb": read.peak / 1e6,
+        "held_mb": None if held is None else held / 1e6,
+        "images_per_second": rate,
+    }
 
 # %% ../../nbs/14_bench/03_workloads.ipynb #c0011
-def measured_row(recipe: str, measurement: str, config: RunConfig, images: int, times: list[float], memory: Memory, first: float | None = None,
-         precision: str = "", compiled: bool = False, batch: int | None = None) -> dict:
+def measured_row(
+    recipe: str,
+    measurement: str,
+    config: RunConfig,
+    images: int,
+    times: list[float],
+    memory: Memory,
+    first: float | None = None,
+    precision: str = "",
+    compiled: bool = False,
+    batch: int | None = None,
+) -> dict:
     """A row of the result. times: seconds for so many images, one number a turn."""
-    return {"recipe": recipe, "measurement": measurement, "precision": precision, "compiled": compiled, "size": config.size, "batch_size": batch,
-            "images_per_second": images / statistics.median(times), "slowest": images / max(times), "fastest": images / min(times),
-            "turns": len(times), "milliseconds": 1e3 * statistics.median(times), "peak_memory_mb": memory.peak / 1e6,
-            "process_memory_mb": memory.total / 1e6, "memory_kind": memory.kind, "first_step_seconds": first}
+    return {
+        "recipe": recipe,
+        "measurement": measurement,
+        "precision": precision,
+        "compiled": compiled,
+        "size": config.size,
+        "batch_size": batch,
+        "images_per_second": images / statistics.median(times),
+        "slowest": images / max(times),
+        "fastest": images / min(times),
+        "turns": len(times),
+        "milliseconds": 1e3 * statistics.median(times),
+        "peak_memory_mb": memory.peak / 1e6,
+        "process_memory_mb": memory.total / 1e6,
+        "memory_kind": memory.kind,
+        "first_step_seconds": first,
+    }
 
 
 def library_steps(config: RunConfig, device: torch.device) -> dict[str, tuple[RunConfig, str, bool]]:
     """{label: (config, precision, compiled)} of the library's steps to compare; the first is what the recipe chooses itself."""
     own = choose_precision(config.precision, device), choose_compile(config.compile, device, config.steps)
-    pairs = [own] + [(precision, False) for precision in ("fp32", "bf16") if precision == "fp32" or has_bf16(device)]
+    pairs = [own] + [
+        (precision, False) for precision in ("fp32", "bf16") if precision == "fp32" or has_bf16(device)
+    ]
     pairs += [(own[0], True)] * (device.type == "cuda")
-    return {f"{precision}{' compiled' * compiled}": (config.model_copy(update={"precision": precision, "compile": "on" if compiled else "off"}), precision, compiled)
-            for precision, compiled in dict.fromkeys(pairs)}
+    return {
+        f"{precision}{' compiled' * compiled}": (
+            config.model_copy(update={"precision": precision, "compile": "on" if compiled else "off"}),
+            precision,
+            compiled,
+        )
+        for precision, compiled in dict.fromkeys(pairs)
+    }
 
 
-def measure_steps(recipe: str, config: RunConfig, folder: Path, store: FaceStore, device: torch.device, only: list[str], seconds: float,
-                   steps: int = 0, tell=lambda text: None) -> tuple[list[dict], dict]:
+def measure_steps(
+    recipe: str,
+    config: RunConfig,
+    folder: Path,
+    store: FaceStore,
+    device: torch.device,
+    only: list[str],
+    seconds: float,
+    steps: int = 0,
+    tell=lambda text: None,
+) -> tuple[list[dict], dict]:
     """Rows of everything that takes steps, and what else was found: the input's share, and the roofline's parts."""
     entrants, details, found = [], {}, {}
+
     def enter(contestant: Contestant, memory: Memory, first: float, **about) -> None:
         entrants.append(contestant)
         details[contestant.name] = {"memory": memory, "first": first} | about
@@ -170,14 +227,31 @@ def measure_steps(recipe: str, config: RunConfig, folder: Path, store: FaceStore
                     trainer.settle()
                 own = own or (label, trainer)
                 clocks[label] = ClockedInput(trainer.data)
-                enter(Contestant(f"step {label}", lambda step, trainer=trainer, data=clocks[label]: _with_data(trainer, data, step), config.batch_size, done=4),
-                      memory, first, measurement="step", precision=precision, compiled=compiled)
+                enter(
+                    Contestant(
+                        f"step {label}",
+                        lambda step, trainer=trainer, data=clocks[label]: _with_data(trainer, data, step),
+                        config.batch_size,
+                        done=4,
+                    ),
+                    memory,
+                    first,
+                    measurement="step",
+                    precision=precision,
+                    compiled=compiled,
+                )
         if "resident" in only:
             fixed = FixedInput(own[1].data)
             with peak_memory(device) as memory:
                 _with_data(own[1], fixed, 0)
-            enter(Contestant("resident", lambda step: _with_data(own[1], fixed, step), config.batch_size), memory, None,
-                  measurement="resident", precision=own[1].precision, compiled=own[1].compiled)
+            enter(
+                Contestant("resident", lambda step: _with_data(own[1], fixed, step), config.batch_size),
+                memory,
+                None,
+                measurement="resident",
+                precision=own[1].precision,
+                compiled=own[1].compiled,
+            )
         if "reference" in only:
             tell(f"{recipe}: plain loop, first steps")
             with peak_memory(device) as memory:
@@ -187,32 +261,74 @@ def measure_steps(recipe: str, config: RunConfig, folder: Path, store: FaceStore
                 first = time.perf_counter() - start
                 plain.step()
             plain.pause()
-            enter(Contestant("reference", plain.step, config.batch_size, plain.pause, plain.resume), memory, first, measurement="reference", precision="fp32")
+            enter(
+                Contestant("reference", plain.step, config.batch_size, plain.pause, plain.resume),
+                memory,
+                first,
+                measurement="reference",
+                precision="fp32",
+            )
         if "evaluation" in only:
             tell(f"{recipe}: evaluation, first batch")
             names = [name for name in METRICS if name != "lpips"]
             vae = FaceVAE(config.model).to(device)
+
             def judge(step: int, count: int = min(32, len(store.rows("train")))):
-                evaluate(vae, Batches(store, "train", size=config.size, limit=count, batch_size=count, device=device), names, lpips=None)
+                evaluate(
+                    vae,
+                    Batches(store, "train", size=config.size, limit=count, batch_size=count, device=device),
+                    names,
+                    lpips=None,
+                )
+
             with peak_memory(device) as memory:
                 start = time.perf_counter()
                 judge(0)
                 first = time.perf_counter() - start
-            enter(Contestant("evaluation", judge, min(32, len(store.rows("train")))), memory, first, measurement="evaluation", precision="fp32")
-        times = take_turns(entrants, device, seconds, steps, tell=lambda name: tell(f"{recipe}: {name}")) if entrants else {}
+            enter(
+                Contestant("evaluation", judge, min(32, len(store.rows("train")))),
+                memory,
+                first,
+                measurement="evaluation",
+                precision="fp32",
+            )
+        times = (
+            take_turns(entrants, device, seconds, steps, tell=lambda name: tell(f"{recipe}: {name}"))
+            if entrants
+            else {}
+        )
         for one in entrants:
             about = details[one.name]
-            row = measured_row(recipe, about["measurement"], config, one.images, times[one.name], about["memory"], about["first"], about["precision"],
-                       about.get("compiled", False), one.images)
+            row = measured_row(
+                recipe,
+                about["measurement"],
+                config,
+                one.images,
+                times[one.name],
+                about["memory"],
+                about["first"],
+                about["precision"],
+                about.get("compiled", False),
+                one.images,
+            )
             if about["measurement"] == "step":
-                row["input_share"] = clocks[one.name.removeprefix("step ")].seconds() / max(1, one.done - 4) / statistics.fmean(times[one.name])
+                row["input_share"] = (
+                    clocks[one.name.removeprefix("step ")].seconds()
+                    / max(1, one.done - 4)
+                    / statistics.fmean(times[one.name])
+                )
             found[one.name] = row
         kinds = None
         if "roofline" in only:
             tell(f"{recipe}: where the time goes")
             kinds = where_time_goes(own[1])
             row = found[f"step {own[0]}"]
-            extra = {"precision": own[1].precision, "compiled": own[1].compiled, "seconds": row["milliseconds"] / 1e3, "kinds": kinds}
+            extra = {
+                "precision": own[1].precision,
+                "compiled": own[1].compiled,
+                "seconds": row["milliseconds"] / 1e3,
+                "kinds": kinds,
+            }
     if own:
         found[f"step {own[0]}"]["usual"] = True
     return [row for row in found.values() if row["measurement"] in only], extra if kinds is not None else {}
@@ -222,10 +338,21 @@ def measure_roofline(config: RunConfig, peaks: dict, found: dict) -> dict:
     """The bound of a recipe's step, the share of it reached, and the parts of both, as JSON."""
     costs = bound(step_costs(config.model, config.batch_size, found["precision"]), peaks, found["precision"])
     least = costs["seconds"].sum()
-    result = {"precision": found["precision"], "compiled": found["compiled"], "gflop": costs["flops"].sum() / 1e9, "gb": costs["bytes"].sum() / 1e9,
-              "bound_ms": 1e3 * least, "step_ms": 1e3 * found["seconds"], "reached": least / found["seconds"],
-              "kinds": json.loads(compare(costs, found["kinds"]).reset_index(names="kind").to_json(orient="records"))}
+    result = {
+        "precision": found["precision"],
+        "compiled": found["compiled"],
+        "gflop": costs["flops"].sum() / 1e9,
+        "gb": costs["bytes"].sum() / 1e9,
+        "bound_ms": 1e3 * least,
+        "step_ms": 1e3 * found["seconds"],
+        "reached": least / found["seconds"],
+        "kinds": json.loads(
+            compare(costs, found["kinds"]).reset_index(names="kind").to_json(orient="records")
+        ),
+    }
     if sheet := peaks["data sheet"]:
-        by_sheet = bound(costs, sheet | {"bandwidth": {10**15: sheet["bandwidth"]}}, found["precision"])["seconds"].sum()
+        by_sheet = bound(costs, sheet | {"bandwidth": {10**15: sheet["bandwidth"]}}, found["precision"])[
+            "seconds"
+        ].sum()
         result |= {"data_sheet_bound_ms": 1e3 * by_sheet, "data_sheet_reached": by_sheet / found["seconds"]}
     return result

@@ -11,34 +11,53 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from .data import Out, Overwrite, pack_app, parse_masks, store_line
+from .models import directions, edit, interpolate, reconstruct
 from ..core import THREADS_WAIT, FaceVAEError, printable, progress_bar
-from .data import Out, Overwrite, pack_app, store_line
+from ..explore.server import explore
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0005
-app = typer.Typer(name="facevae", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Train, compare and explore variational autoencoders of faces, with and without face masks.")
+app = typer.Typer(
+    name="facevae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train, compare and explore variational autoencoders of faces, with and without face masks.",
+)
 app.add_typer(pack_app, name="pack")
 
 Data = Annotated[Path, typer.Option("--data", help="A store, made by facevae pack.")]
-Preset = Annotated[str, typer.Option("--preset", help="quick (minutes on two cores) or paper (the paper's recipe).")]
-Settings = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")]
-AcceptCode = Annotated[bool, typer.Option("--accept-code", help="Keep, and go on with, runs that other code of facevae made.")]
+Preset = Annotated[
+    str, typer.Option("--preset", help="quick (minutes on two cores) or paper (the paper's recipe).")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+]
+AcceptCode = Annotated[
+    bool, typer.Option("--accept-code", help="Keep, and go on with, runs that other code of facevae made.")
+]
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         from facevae import __version__
+
         typer.echo(f"facevae {__version__}")
         raise typer.Exit()
 
 
 @app.callback()
-def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-          version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False):
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+):
     if debug:
         os.environ["FACEVAE_DEBUG"] = "1"
 
@@ -47,39 +66,54 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 def verify(store: Annotated[Path, typer.Argument(help="A store.")]):
     """Read a whole store and compare it with its checksums."""
     from facevae.data.store import FaceStore
+
     opened = FaceStore(store)
     opened.verify()
     typer.echo(store_line(opened))
-
-# %% ../../nbs/15_cli/02_app.ipynb #c0009
-from .data import parse_masks
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0010
 app.command("parse-masks")(parse_masks)
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0012
 @app.command()
-def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")], data: Data, out: Out,
-          preset: Preset = "quick", seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
-          settings: Settings = None, accept_code: AcceptCode = False):
+def train(
+    hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")],
+    data: Data,
+    out: Out,
+    preset: Preset = "quick",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    settings: Settings = None,
+    accept_code: AcceptCode = False,
+):
     """Train and evaluate one hypothesis; goes on from its last checkpoint when it was interrupted."""
-    from facevae.sweep.plan import Cell
     from facevae.config import make_config, parse_settings
-    from facevae.training.run import RunDirectory
     from facevae.data.store import FaceStore
     from facevae.sweep.cluster import worker_environment
+    from facevae.sweep.plan import Cell
+    from facevae.training.run import RunDirectory
+
     overrides = parse_settings(settings or [])
     store = FaceStore(data)
-    cell = Cell(make_config(hypothesis, preset, seed, overrides).fit(store.size), RunDirectory(out), overrides, data)
+    cell = Cell(
+        make_config(hypothesis, preset, seed, overrides).fit(store.size), RunDirectory(out), overrides, data
+    )
     if cell.done(store, accept_code):
         typer.echo(f"{out} is finished already.")
         return
     with progress_bar(cell.config.steps, cell.title, "step") as bar:
+
         def poll():
             status = cell.run.status
             bar.update(status.get("step", 0) - bar.n)
             if "loss" in status:
-                bar.set_postfix({"loss": f"{status['loss']:.3f}", "images/s": f"{status.get('images_per_second', 0):.0f}"}, refresh=False)
+                bar.set_postfix(
+                    {
+                        "loss": f"{status['loss']:.3f}",
+                        "images/s": f"{status.get('images_per_second', 0):.0f}",
+                    },
+                    refresh=False,
+                )
+
         ending = cell.execute(worker_environment(0, 1), poll, accept_code)
     if ending.state == "interrupted":
         raise KeyboardInterrupt
@@ -91,36 +125,77 @@ def train(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such
 
 
 @app.command()
-def ablate(data: Data, out: Out,
-           hypotheses: Annotated[Optional[str], typer.Option(help="Comma-separated: H1 to H10, or terms such as l1+l2+mask. [default: all]")] = None,
-           seeds: Annotated[Optional[str], typer.Option(help="Comma-separated seeds. [default: 0]")] = None, preset: Preset = "quick",
-           settings: Settings = None,
-           workers: Annotated[Optional[int], typer.Option(min=1, help="Runs at a time. [default: one a GPU, or two on a processor]")] = None,
-           scheduler: Annotated[Optional[str], typer.Option(help="Use the Dask cluster whose scheduler is at this address: tcp://host:8786.")] = None,
-           scheduler_file: Annotated[Optional[Path], typer.Option(help="Use the Dask cluster that this scheduler file names.")] = None,
-           only: Annotated[Optional[str], typer.Option(help="Only this part of the sweep: H1,H6 or H9:seed1.")] = None,
-           retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also try those again that failed with an error.")] = False,
-           accept_code: AcceptCode = False):
+def ablate(
+    data: Data,
+    out: Out,
+    hypotheses: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: H1 to H10, or terms such as l1+l2+mask. [default: all]"),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds. [default: 0]")] = None,
+    preset: Preset = "quick",
+    settings: Settings = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. [default: one a GPU, or two on a processor]")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Use the Dask cluster whose scheduler is at this address: tcp://host:8786."),
+    ] = None,
+    scheduler_file: Annotated[
+        Path | None, typer.Option(help="Use the Dask cluster that this scheduler file names.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Only this part of the sweep: H1,H6 or H9:seed1.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Also try those again that failed with an error.")
+    ] = False,
+    accept_code: AcceptCode = False,
+):
     """Run the study: each hypothesis with each seed, then the figures. Given again, it does what is missing."""
+    from facevae.config import parse_settings
     from facevae.sweep.plan import plan, report
     from facevae.sweep.scheduler import run_sweep
-    from facevae.config import parse_settings
+
     if scheduler and scheduler_file:
         raise FaceVAEError("--scheduler and --scheduler-file both name a cluster. Give one of them.")
-    cells = plan(data, out, hypotheses, None if seeds is None else parse_seeds(seeds), preset, parse_settings(settings or []), only, accept_code)
-    failed = run_sweep(cells, data, workers, scheduler=scheduler, scheduler_file=scheduler_file, retry_failed=retry_failed, accept_code=accept_code)
+    cells = plan(
+        data,
+        out,
+        hypotheses,
+        None if seeds is None else parse_seeds(seeds),
+        preset,
+        parse_settings(settings or []),
+        only,
+        accept_code,
+    )
+    failed = run_sweep(
+        cells,
+        data,
+        workers,
+        scheduler=scheduler,
+        scheduler_file=scheduler_file,
+        retry_failed=retry_failed,
+        accept_code=accept_code,
+    )
     typer.echo(f"Report: {report(out)}")
     if failed:
-        raise FaceVAEError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}. facevae status {out} says why, and their "
-                           "train.ipynb shows where; the same command with --retry-failed tries them again.")
+        raise FaceVAEError(
+            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}. facevae status {out} says why, and their "
+            "train.ipynb shows where; the same command with --retry-failed tries them again."
+        )
 
 
 @app.command()
-def status(sweep: Annotated[Path, typer.Argument(help="A sweep directory.")],
-           keep_watching: Annotated[bool, typer.Option("--watch", help="Show it again and again until every run has ended.")] = False,
-           every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2):
+def status(
+    sweep: Annotated[Path, typer.Argument(help="A sweep directory.")],
+    keep_watching: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again until every run has ended.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2,
+):
     """Show what every run of a sweep is doing; from any terminal, whether the sweep runs or not."""
     from facevae.sweep.status import status_text, sweep_status, watch
+
     if keep_watching:
         watch(sweep, every)
     else:
@@ -131,19 +206,28 @@ def status(sweep: Annotated[Path, typer.Argument(help="A sweep directory.")],
 def make_report(sweep: Annotated[Path, typer.Argument(help="A sweep directory, finished or not.")]):
     """Make the tables, figures and report of a sweep again."""
     from facevae.sweep.plan import report
+
     typer.echo(f"Report: {report(sweep)}")
 
 
 @app.command("import-original")
-def import_original(weights: Annotated[Path, typer.Argument(metavar="FILE.h5", help="A Keras weight file of the paper's authors.")], out: Out,
-                    overwrite: Overwrite = False):
+def import_original(
+    weights: Annotated[
+        Path, typer.Argument(metavar="FILE.h5", help="A Keras weight file of the paper's authors.")
+    ],
+    out: Out,
+    overwrite: Overwrite = False,
+):
     """Turn the authors' Keras weights into a model that FaceVAE.from_pretrained and facevae reconstruct read."""
     from facevae.core import atomic_directory
     from facevae.model.keras import load_keras
+
     vae = load_keras(weights)
     with atomic_directory(out, overwrite) as folder:
         vae.save_pretrained(folder)
-    typer.echo(f"{out}: the paper's network, {'with' if vae.config.mask_decoder else 'without'} a mask decoder")
+    typer.echo(
+        f"{out}: the paper's network, {'with' if vae.config.mask_decoder else 'without'} a mask decoder"
+    )
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -153,12 +237,10 @@ def parse_seeds(text: str) -> list[int]:
         if min(seeds) < 0:
             raise ValueError
     except ValueError:
-        raise FaceVAEError(f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2.") from None
+        raise FaceVAEError(
+            f"'{text}' is not a list of seeds. Write whole numbers from 0, for example --seeds 0,1,2."
+        ) from None
     return list(dict.fromkeys(seeds))
-
-# %% ../../nbs/15_cli/02_app.ipynb #c0014
-from ..explore.server import explore
-from .models import directions, edit, interpolate, reconstruct
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0015
 for _command in (reconstruct, edit, interpolate, directions, explore):
@@ -166,19 +248,55 @@ for _command in (reconstruct, edit, interpolate, directions, explore):
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0017
 @app.command()
-def bench(out: Annotated[Optional[Path], typer.Option("--out", metavar="FILE.json", help="Save the result as JSON, and its plot beside it as PNG and PDF.")] = None,
-          only: Annotated[Optional[str], typer.Option(help="Comma-separated: reference, step, resident, evaluation, packing, drawing, opening, roofline. [default: all]")] = None,
-          recipes: Annotated[Optional[str], typer.Option(help="Comma-separated: quick (72 px, small) and paper (H9 at 144 px). [default: both]")] = None,
-          seconds: Annotated[float, typer.Option(min=0, help="About how long the contestants of each recipe take turns, at least two turns each.")] = 20,
-          steps: Annotated[int, typer.Option(min=0, help="Turns of a single step for each contestant, instead of a time.")] = 0,
-          quick: Annotated[bool, typer.Option("--quick", help="The quick recipe alone, for a few seconds.")] = False, settings: Settings = None):
+def bench(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE.json",
+            help="Save the result as JSON, and its plot beside it as PNG and PDF.",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: reference, step, resident, evaluation, packing, drawing, opening, roofline. [default: all]"
+        ),
+    ] = None,
+    recipes: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: quick (72 px, small) and paper (H9 at 144 px). [default: both]"),
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0, help="About how long the contestants of each recipe take turns, at least two turns each."
+        ),
+    ] = 20,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Turns of a single step for each contestant, instead of a time.")
+    ] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The quick recipe alone, for a few seconds.")
+    ] = False,
+    settings: Settings = None,
+):
     """Measure this machine: images a second beside a plain training loop, peak memory, and the roofline."""
     from facevae.bench.benchmark import format_benchmark, run_benchmark, save_benchmark
     from facevae.config import parse_settings
+
     if out and out.suffix != ".json":
-        raise FaceVAEError(f"--out names the JSON file, for example {out.with_suffix('.json')}; the plot is written beside it.")
-    table = run_benchmark(only, recipes or ("quick" if quick else None), min(seconds, 5) if quick else seconds, steps,
-                          parse_settings(settings or []), progress=True)
+        raise FaceVAEError(
+            f"--out names the JSON file, for example {out.with_suffix('.json')}; the plot is written beside it."
+        )
+    table = run_benchmark(
+        only,
+        recipes or ("quick" if quick else None),
+        min(seconds, 5) if quick else seconds,
+        steps,
+        parse_settings(settings or []),
+        progress=True,
+    )
     typer.echo(format_benchmark(table))
     if out:
         typer.echo(f"Saved: {save_benchmark(table, out)}")
@@ -188,7 +306,9 @@ def main() -> None:
     """The entry point of the `facevae` command."""
     for name, value in THREADS_WAIT.items():  # no command has imported torch yet
         os.environ.setdefault(name, value)
-    warnings.showwarning = lambda message, *_: typer.echo(f"facevae: warning: {printable(str(message))}", err=True)
+    warnings.showwarning = lambda message, *_: typer.echo(
+        f"facevae: warning: {printable(str(message))}", err=True
+    )
     try:
         app()
     except FaceVAEError as error:
@@ -198,6 +318,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ending:
         if ending.code == 130:  # Ctrl-C, which typer turns into this
-            more = {"bench": "Nothing was saved.", "explore": ""}.get("".join(sys.argv[1:2]), "The same command goes on where it stopped.")
+            more = {"bench": "Nothing was saved.", "explore": ""}.get(
+                "".join(sys.argv[1:2]), "The same command goes on where it stopped."
+            )
             typer.echo(f"\nfacevae: interrupted. {more}", err=True)
         raise

@@ -8,20 +8,39 @@ __all__ = ['pack_app', 'Out', 'Size', 'MaxBad', 'Overwrite', 'Scheme', 'RescaleL
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0003
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from ..core import FaceVAEError, printable
+
 # %% ../../nbs/15_cli/00_data.ipynb #c0004
-pack_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pack faces and their label maps into a store.")
+pack_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Pack faces and their label maps into a store."
+)
 
 Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
-Size = Annotated[int, typer.Option("--size", help="Side of the square pictures in pixels: 36, 72, 144 or 288.")]
+Size = Annotated[
+    int, typer.Option("--size", help="Side of the square pictures in pixels: 36, 72, 144 or 288.")
+]
 MaxBad = Annotated[float, typer.Option("--max-bad", help="Largest share of inputs that may be skipped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
-Scheme = Annotated[Optional[str], typer.Option("--scheme", help="How the labels number the classes: celebamask-hq or face-parsing. Needless for those of facevae parse-masks.")]
-RescaleLabels = Annotated[bool, typer.Option("--rescale-labels", help="Accept label maps of another size than their picture.")]
-Subset = Annotated[bool, typer.Option("--allow-subset", help="Accept a part of the published set, and files that are not as published.")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        help="How the labels number the classes: celebamask-hq or face-parsing. Needless for those of facevae parse-masks.",
+    ),
+]
+RescaleLabels = Annotated[
+    bool, typer.Option("--rescale-labels", help="Accept label maps of another size than their picture.")
+]
+Subset = Annotated[
+    bool,
+    typer.Option(
+        "--allow-subset", help="Accept a part of the published set, and files that are not as published."
+    ),
+]
 
 
 def store_line(store) -> str:
@@ -31,92 +50,187 @@ def store_line(store) -> str:
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0006
 @pack_app.command("synthetic")
-def pack_synthetic(out: Out, count: Annotated[int, typer.Option(help="How many faces to draw.")] = 2000,
-                   seed: Annotated[int, typer.Option(help="Seed of the faces.")] = 0, size: Size = 144, overwrite: Overwrite = False):
+def pack_synthetic(
+    out: Out,
+    count: Annotated[int, typer.Option(help="How many faces to draw.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the faces.")] = 0,
+    size: Size = 144,
+    overwrite: Overwrite = False,
+):
     """Draw faces, with exact label maps and attributes. Nothing is downloaded."""
-    from facevae.synthetic.render import SyntheticSource
     from facevae.data.packing import pack
+    from facevae.synthetic.render import SyntheticSource
+
     typer.echo(store_line(pack(SyntheticSource(count=count, seed=seed, size=size), out, overwrite=overwrite)))
 
 
 @pack_app.command("folder")
-def pack_folder(out: Out, images: Annotated[Path, typer.Option(help="Folder of pictures.")],
-                labels: Annotated[Path, typer.Option(help="Folder of label maps: PNGs of class indices, named as the pictures are.")],
-                scheme: Scheme = None, size: Size = 144, max_bad: MaxBad = 0.01, overwrite: Overwrite = False, rescale_labels: RescaleLabels = False,
-                attributes: Annotated[Optional[Path], typer.Option(help="CSV of attributes: a column 'name', then one a attribute.")] = None):
+def pack_folder(
+    out: Out,
+    images: Annotated[Path, typer.Option(help="Folder of pictures.")],
+    labels: Annotated[
+        Path, typer.Option(help="Folder of label maps: PNGs of class indices, named as the pictures are.")
+    ],
+    scheme: Scheme = None,
+    size: Size = 144,
+    max_bad: MaxBad = 0.01,
+    overwrite: Overwrite = False,
+    rescale_labels: RescaleLabels = False,
+    attributes: Annotated[
+        Path | None, typer.Option(help="CSV of attributes: a column 'name', then one a attribute.")
+    ] = None,
+):
     """Pack your own pictures and their label maps."""
-    from facevae.data.sources import FolderSource
     from facevae.data.packing import pack
-    source = FolderSource(images, labels, scheme=scheme, size=size, attributes_csv=attributes, rescale_labels=rescale_labels)
+    from facevae.data.sources import FolderSource
+
+    source = FolderSource(
+        images, labels, scheme=scheme, size=size, attributes_csv=attributes, rescale_labels=rescale_labels
+    )
     typer.echo(store_line(pack(source, out, max_bad=max_bad, overwrite=overwrite)))
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0008
 @pack_app.command("celeba")
-def pack_celeba(out: Out, root: Annotated[Path, typer.Option(help="Folder of CelebA, as its authors, torchvision or Kaggle lay it out.")],
-                labels: Annotated[Path, typer.Option(help="Folder of label maps, made by facevae parse-masks.")], size: Size = 144,
-                download: Annotated[bool, typer.Option("--download", help="Fetch what is missing into ROOT/celeba first; needs gdown.")] = False,
-                layout: Annotated[Optional[str], typer.Option(help="Which layout, when several are there: official, torchvision or kaggle.")] = None,
-                scheme: Scheme = None, allow_subset: Subset = False, rescale_labels: RescaleLabels = False, max_bad: MaxBad = 0.01, overwrite: Overwrite = False):
+def pack_celeba(
+    out: Out,
+    root: Annotated[
+        Path, typer.Option(help="Folder of CelebA, as its authors, torchvision or Kaggle lay it out.")
+    ],
+    labels: Annotated[Path, typer.Option(help="Folder of label maps, made by facevae parse-masks.")],
+    size: Size = 144,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch what is missing into ROOT/celeba first; needs gdown.")
+    ] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Which layout, when several are there: official, torchvision or kaggle."),
+    ] = None,
+    scheme: Scheme = None,
+    allow_subset: Subset = False,
+    rescale_labels: RescaleLabels = False,
+    max_bad: MaxBad = 0.01,
+    overwrite: Overwrite = False,
+):
     """Pack CelebA in its official split, with its attributes. For non-commercial research."""
     from facevae.data.celeba import CelebASource
     from facevae.data.packing import pack
+
     if download:
         from facevae.data.celeba_files import download_celeba
+
         download_celeba(root)
-    source = CelebASource(root, labels, size=size, layout=layout, scheme=scheme, allow_subset=allow_subset, rescale_labels=rescale_labels)
+    source = CelebASource(
+        root,
+        labels,
+        size=size,
+        layout=layout,
+        scheme=scheme,
+        allow_subset=allow_subset,
+        rescale_labels=rescale_labels,
+    )
     typer.echo(source.layout, err=True)
     typer.echo(store_line(pack(source, out, max_bad=max_bad, overwrite=overwrite)))
 
 
 @pack_app.command("celebamask-hq")
-def pack_celebamask_hq(out: Out, root: Annotated[Path, typer.Option(help="The folder CelebAMask-HQ, as its authors lay it out.")], size: Size = 144,
-                       allow_subset: Subset = False, max_bad: MaxBad = 0.01, overwrite: Overwrite = False):
+def pack_celebamask_hq(
+    out: Out,
+    root: Annotated[Path, typer.Option(help="The folder CelebAMask-HQ, as its authors lay it out.")],
+    size: Size = 144,
+    allow_subset: Subset = False,
+    max_bad: MaxBad = 0.01,
+    overwrite: Overwrite = False,
+):
     """Pack CelebAMask-HQ, with its hand-drawn labels, in CelebA's official split. For non-commercial research."""
     from facevae.data.celeba import CelebAMaskHQSource
     from facevae.data.packing import pack
-    typer.echo(store_line(pack(CelebAMaskHQSource(root, size=size, allow_subset=allow_subset), out, max_bad=max_bad, overwrite=overwrite)))
 
-# %% ../../nbs/15_cli/00_data.ipynb #c0012
-from pathlib import Path
-from typing import Annotated, Optional
-
-import typer
-
-from ..core import FaceVAEError, printable
+    typer.echo(
+        store_line(
+            pack(
+                CelebAMaskHQSource(root, size=size, allow_subset=allow_subset),
+                out,
+                max_bad=max_bad,
+                overwrite=overwrite,
+            )
+        )
+    )
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0014
 def choose_device(name: str | None):
     """The torch device of a name, or the best one that there is. Raises FaceVAEError for one that is not there."""
     import torch
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise FaceVAEError(f"The device '{name}' cannot be used ({str(error).splitlines()[0][:200]}). Choose --device cpu, or cuda on a machine with a GPU.") from None
+        raise FaceVAEError(
+            f"The device '{name}' cannot be used ({str(error).splitlines()[0][:200]}). Choose --device cpu, or cuda on a machine with a GPU."
+        ) from None
     return device
 
 
-def parse_masks(images: Annotated[Path, typer.Option("--images", help="Folder of photographs, with its subfolders.")],
-                out: Annotated[Path, typer.Option("--out", help="Directory of label maps, new or begun before.")],
-                parser: Annotated[str, typer.Option("--parser", help="bisenet (the paper's) or segformer (needs facevae[segformer]).")] = "bisenet",
-                weights: Annotated[Optional[Path], typer.Option("--weights", metavar="PATH", help="The parser's weights: a file for bisenet, a directory for segformer. [default: fetch them]")] = None,
-                any_weights: Annotated[bool, typer.Option("--any-weights", help="Accept other weights than the published ones.")] = False,
-                batch_size: Annotated[Optional[int], typer.Option("--batch-size", min=1, help="Pictures at a time. [default: 32 on a GPU, 4 on a processor]")] = None,
-                device: Annotated[Optional[str], typer.Option("--device", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")] = None,
-                workers: Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads that decode, and as many that write. [default: one a core]")] = None,
-                max_bad: Annotated[float, typer.Option("--max-bad", help="Largest share of pictures that may be skipped.")] = 0.01):
+def parse_masks(
+    images: Annotated[Path, typer.Option("--images", help="Folder of photographs, with its subfolders.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of label maps, new or begun before.")],
+    parser: Annotated[
+        str, typer.Option("--parser", help="bisenet (the paper's) or segformer (needs facevae[segformer]).")
+    ] = "bisenet",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="PATH",
+            help="The parser's weights: a file for bisenet, a directory for segformer. [default: fetch them]",
+        ),
+    ] = None,
+    any_weights: Annotated[
+        bool, typer.Option("--any-weights", help="Accept other weights than the published ones.")
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, help="Pictures at a time. [default: 32 on a GPU, 4 on a processor]"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads that decode, and as many that write. [default: one a core]"
+        ),
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option("--max-bad", help="Largest share of pictures that may be skipped.")
+    ] = 0.01,
+):
     """Make a label map for every photograph of a folder. Given again, it does what is missing.
 
     The parsers' weights were trained on CelebAMask-HQ, which is for non-commercial research.
     """
-    from facevae.training.hardware import choose_precision
-    from facevae.parsing.label_folder import SHEET, SKIPPED
-    from facevae.parsing.label_folder import check_folders, load_parser, parse_folder
+    from facevae.parsing.label_folder import SHEET, SKIPPED, check_folders, load_parser, parse_folder
     from facevae.system import processors
+    from facevae.training.hardware import choose_precision
+
     check_folders(images, out, max_bad)
     chosen = choose_device(device)
     network = load_parser(parser, weights, any_weights, chosen, choose_precision("auto", chosen))
-    record = parse_folder(images, out, network, batch_size or (32 if chosen.type == "cuda" else 4), workers or processors(), max_bad)
-    typer.echo(f"{printable(str(out))}: {record['count']} label maps by {parser}, of which {record['doubtful']} have a doubt of 1 or more; {SHEET} shows the most doubtful")
+    record = parse_folder(
+        images,
+        out,
+        network,
+        batch_size or (32 if chosen.type == "cuda" else 4),
+        workers or processors(),
+        max_bad,
+    )
+    typer.echo(
+        f"{printable(str(out))}: {record['count']} label maps by {parser}, of which {record['doubtful']} have a doubt of 1 or more; {SHEET} shows the most doubtful"
+    )
     if record["skipped"]:
-        typer.echo(f"Skipped {record['skipped']} {'picture' if record['skipped'] == 1 else 'pictures'} ({SKIPPED} lists them).", err=True)
+        typer.echo(
+            f"Skipped {record['skipped']} {'picture' if record['skipped'] == 1 else 'pictures'} ({SKIPPED} lists them).",
+            err=True,
+        )

@@ -7,29 +7,51 @@ __all__ = ['Model', 'Align', 'Landmarks', 'Device', 'load_model', 'reconstruct',
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0003
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from ..core import FaceVAEError, printable
 from .data import choose_device
+from ..core import FaceVAEError, printable
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0004
-Model = Annotated[str, typer.Argument(help="A model: the model/ folder of a run, drawn-faces, which ships with facevae, or a hub id.")]
-Align = Annotated[bool, typer.Option("--align/--no-align", help="Find the face and align it as CelebA's are (needs facevae[align]), or take pictures as they are.")]
-Landmarks = Annotated[Optional[str], typer.Option("--landmarks", metavar="X,Y,...", help="Where the face is, in pixels: left eye, right eye, nose, left and right corner of the mouth; or the eyes alone.")]
-Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model: the model/ folder of a run, drawn-faces, which ships with facevae, or a hub id."
+    ),
+]
+Align = Annotated[
+    bool,
+    typer.Option(
+        "--align/--no-align",
+        help="Find the face and align it as CelebA's are (needs facevae[align]), or take pictures as they are.",
+    ),
+]
+Landmarks = Annotated[
+    str | None,
+    typer.Option(
+        "--landmarks",
+        metavar="X,Y,...",
+        help="Where the face is, in pixels: left eye, right eye, nose, left and right corner of the mouth; or the eyes alone.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:1. [default: a GPU if there is one]")
+]
 
 
 def load_model(model: str, device: str | None = None):
     """A FaceVAE from a folder or a hub id, on a device."""
     from facevae.model.vae import FaceVAE
+
     return FaceVAE.from_pretrained(model).to(choose_device(device))
 
 
 def _points(landmarks: str | None, count: int = 1):
     """Landmarks of one photograph. Raises FaceVAEError when there are several."""
     from facevae.editing.align import parse_landmarks
+
     if landmarks and count > 1:
         raise FaceVAEError("--landmarks are those of one photograph. Give one picture at a time.")
     return parse_landmarks(landmarks) if landmarks else None
@@ -40,75 +62,154 @@ def _check_ending(out: Path, *endings: str) -> None:
         raise FaceVAEError(f"--out '{out}' should end in {' or '.join(endings)}.")
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0005
-def reconstruct(model: Model, photographs: Annotated[list[Path], typer.Argument(help="Pictures of faces, or folders of them.")],
-                out: Annotated[Path, typer.Option("--out", help="Directory of the results.")], align: Align = True, landmarks: Landmarks = None,
-                batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")] = 16, device: Device = None):
+def reconstruct(
+    model: Model,
+    photographs: Annotated[list[Path], typer.Argument(help="Pictures of faces, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the results.")],
+    align: Align = True,
+    landmarks: Landmarks = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")] = 16,
+    device: Device = None,
+):
     """Reconstruct pictures: original, reconstruction and predicted mask side by side, a PNG each; aligned faces are also put back into their photograph."""
     from facevae.editing.photographs import find_photographs, reconstruct_files
+
     vae = load_model(model, device)
     points = _points(landmarks, len(find_photographs(photographs, out)))
     for path in reconstruct_files(vae, photographs, out, align, points, batch_size, progress=True):
         typer.echo(printable(str(path)))
 
 
-def edit(model: Model, photograph: Annotated[Path, typer.Argument(help="A picture of a face.")],
-         attribute: Annotated[str, typer.Option("--attribute", help="An attribute of the store, for example Smiling.")],
-         out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The edited picture; the steps of the edit are put beside it.")],
-         data: Annotated[Optional[Path], typer.Option("--data", help="A store with attributes, such as the one that the model was trained on. [default: the directions kept with the model]")] = None,
-         amount: Annotated[float, typer.Option("--amount", help="How far: 1 is from the average face without to the average face with; negative takes away.")] = 1.0,
-         directions: Annotated[Optional[Path], typer.Option("--directions", metavar="FILE", help="Where directions are kept. [default: in the model's folder]")] = None,
-         align: Align = True, landmarks: Landmarks = None, device: Device = None):
+def edit(
+    model: Model,
+    photograph: Annotated[Path, typer.Argument(help="A picture of a face.")],
+    attribute: Annotated[
+        str, typer.Option("--attribute", help="An attribute of the store, for example Smiling.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE.png", help="The edited picture; the steps of the edit are put beside it."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="A store with attributes, such as the one that the model was trained on. [default: the directions kept with the model]",
+        ),
+    ] = None,
+    amount: Annotated[
+        float,
+        typer.Option(
+            "--amount",
+            help="How far: 1 is from the average face without to the average face with; negative takes away.",
+        ),
+    ] = 1.0,
+    directions: Annotated[
+        Path | None,
+        typer.Option(
+            "--directions", metavar="FILE", help="Where directions are kept. [default: in the model's folder]"
+        ),
+    ] = None,
+    align: Align = True,
+    landmarks: Landmarks = None,
+    device: Device = None,
+):
     """Give a face more or less of an attribute, along a direction that a store's faces show."""
     import math
+
     from facevae.core import atomic_file
+    from facevae.data.store import FaceStore
     from facevae.editing.latent_space import find_direction
     from facevae.editing.photographs import reconstruct_photograph
-    from facevae.data.store import FaceStore
+
     _check_ending(out, ".png")
     if not math.isfinite(amount) or abs(amount) > 100:
-        raise FaceVAEError(f"--amount {amount:g} is no sensible amount. Give a number from -100 to 100; 1 or 2 is usual.")
+        raise FaceVAEError(
+            f"--amount {amount:g} is no sensible amount. Give a number from -100 to 100; 1 or 2 is usual."
+        )
     vae, points = load_model(model, device), _points(landmarks)
     direction = find_direction(attribute, vae, FaceStore(data) if data else None, directions)
     plain, _ = reconstruct_photograph(vae, photograph, align, points)
     edited, back = reconstruct_photograph(vae, photograph, align, points, amount * direction.vector)
     steps = out.with_name(f"{out.stem}-steps.png")
-    for picture, path in ((back or edited.recon, out), (plain._replace(mask=edited.recon, composite=edited.composite).side_by_side(), steps)):
+    for picture, path in (
+        (back or edited.recon, out),
+        (plain._replace(mask=edited.recon, composite=edited.composite).side_by_side(), steps),
+    ):
         with atomic_file(path) as partial:
             picture.save(partial, format="PNG")
         typer.echo(printable(str(path)))
-    quality = ("no held-out faces tell how well the direction separates" if math.isnan(direction.auc) else
-               f"the direction separates held-out faces with an AUC of {direction.auc:.2f} (0.5 is chance, 1 is perfect)")
+    quality = (
+        "no held-out faces tell how well the direction separates"
+        if math.isnan(direction.auc)
+        else f"the direction separates held-out faces with an AUC of {direction.auc:.2f} (0.5 is chance, 1 is perfect)"
+    )
     typer.echo(f"{printable(attribute)} {amount:+g}: {quality}")
     if direction.auc < 0.6:
-        typer.echo(f"facevae: warning: the model hardly tells faces by '{printable(attribute)}', so the edit means little.", err=True)
+        typer.echo(
+            f"facevae: warning: the model hardly tells faces by '{printable(attribute)}', so the edit means little.",
+            err=True,
+        )
 
 
-def interpolate(model: Model, photographs: Annotated[list[Path], typer.Argument(help="Two pictures of faces, or more.")],
-                out: Annotated[Path, typer.Option("--out", metavar="FILE", help="An animation: FILE.gif, or FILE.mp4 (needs facevae[video]).")],
-                steps: Annotated[int, typer.Option("--steps", min=2, max=1000, help="Pictures from one face to the next, both included.")] = 24,
-                spherical: Annotated[bool, typer.Option("--spherical", help="Along an arc instead of a line.")] = False,
-                boomerang: Annotated[bool, typer.Option("--boomerang", help="There and back.")] = False,
-                fps: Annotated[float, typer.Option("--fps", min=0.1, max=50, help="Pictures a second.")] = 12, align: Align = True,
-                landmarks: Annotated[Optional[list[str]], typer.Option("--landmarks", metavar="X,Y,...", help="As for reconstruct; repeated, once for each photograph in their order.")] = None,
-                device: Device = None):
+def interpolate(
+    model: Model,
+    photographs: Annotated[list[Path], typer.Argument(help="Two pictures of faces, or more.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="An animation: FILE.gif, or FILE.mp4 (needs facevae[video])."
+        ),
+    ],
+    steps: Annotated[
+        int,
+        typer.Option("--steps", min=2, max=1000, help="Pictures from one face to the next, both included."),
+    ] = 24,
+    spherical: Annotated[bool, typer.Option("--spherical", help="Along an arc instead of a line.")] = False,
+    boomerang: Annotated[bool, typer.Option("--boomerang", help="There and back.")] = False,
+    fps: Annotated[float, typer.Option("--fps", min=0.1, max=50, help="Pictures a second.")] = 12,
+    align: Align = True,
+    landmarks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--landmarks",
+            metavar="X,Y,...",
+            help="As for reconstruct; repeated, once for each photograph in their order.",
+        ),
+    ] = None,
+    device: Device = None,
+):
     """Turn one face into another, as an animation."""
     import torch
     from PIL import Image
+
     from facevae.editing.align import CROP
     from facevae.editing.animation import save_animation, to_frames
-    from facevae.editing.latent_space import decode, interpolate as between
-    from facevae.model.inference import encode_pictures
+    from facevae.editing.latent_space import decode
+    from facevae.editing.latent_space import interpolate as between
     from facevae.editing.photographs import prepare
+    from facevae.model.inference import encode_pictures
+
     _check_ending(out, ".gif", ".mp4")
     if len(photographs) < 2:
         raise FaceVAEError("An interpolation needs two pictures or more.")
     if landmarks and len(landmarks) != len(photographs):
-        raise FaceVAEError(f"--landmarks is given {len(landmarks)} times for {len(photographs)} photographs. Give it once for each, in their order.")
-    vae, points = load_model(model, device), [_points(text) for text in landmarks or [None] * len(photographs)]
+        raise FaceVAEError(
+            f"--landmarks is given {len(landmarks)} times for {len(photographs)} photographs. Give it once for each, in their order."
+        )
+    vae, points = (
+        load_model(model, device),
+        [_points(text) for text in landmarks or [None] * len(photographs)],
+    )
     crops = [prepare(path, align, where).crop for path, where in zip(photographs, points)]
     means = encode_pictures(vae, crops)  # (N, latent_dim)
     kind = "spherical" if spherical else "linear"
-    ways = [between(start, stop, steps, kind)[index > 0:] for index, (start, stop) in enumerate(zip(means, means[1:]))]
+    ways = [
+        between(start, stop, steps, kind)[index > 0 :]
+        for index, (start, stop) in enumerate(zip(means, means[1:]))
+    ]
     recon, mask = decode(vae, torch.cat(ways))  # (M, 3, S, S)
     if mask is not None:  # what such a model draws outside of the face was never compared with anything
         recon = recon * mask + (1 - mask)
@@ -117,16 +218,38 @@ def interpolate(model: Model, photographs: Annotated[list[Path], typer.Argument(
     typer.echo(f"{printable(str(save_animation(frames, out, fps)))}: {len(frames)} pictures")
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0006
-def directions(model: Model, data: Annotated[Optional[Path], typer.Option("--data", help="A store to compute them from, such as the one that the model was trained on. [default: show what is kept]")] = None,
-               out: Annotated[Optional[Path], typer.Option("--directions", metavar="FILE", help="Where directions are kept. [default: in the model's folder]")] = None, device: Device = None):
+def directions(
+    model: Model,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="A store to compute them from, such as the one that the model was trained on. [default: show what is kept]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--directions", metavar="FILE", help="Where directions are kept. [default: in the model's folder]"
+        ),
+    ] = None,
+    device: Device = None,
+):
     """Show which attributes and principal directions a model's latent space has, and keep them with the model, for edit and explore."""
     import pandas as pd
-    from facevae.editing.latent_space import directions_table
-    from facevae.editing.latent_space import find_directions
+
     from facevae.data.store import FaceStore
+    from facevae.editing.latent_space import directions_table, find_directions
+
     known = find_directions(load_model(model, device), FaceStore(data) if data else None, out)
     table = pd.concat([directions_table(list(known.attributes.values())), directions_table(known.principal)])
-    shown = table.assign(direction=table["direction"].map(printable), auc=table["auc"].map(lambda auc: "" if auc != auc else f"{auc:.2f}"), share=table["share"].map("{:.1%}".format),
-                         length=table["length"].map("{:.2f}".format))
+    shown = table.assign(
+        direction=table["direction"].map(printable),
+        auc=table["auc"].map(lambda auc: "" if auc != auc else f"{auc:.2f}"),
+        share=table["share"].map("{:.1%}".format),
+        length=table["length"].map("{:.2f}".format),
+    )
     typer.echo(shown.to_string(index=False, justify="right"))
-    typer.echo("auc: how well it separates held-out faces (0.5 is chance). share: of the variance of the faces' latents. length: of one unit, in latents.")
+    typer.echo(
+        "auc: how well it separates held-out faces (0.5 is chance). share: of the variance of the faces' latents. length: of one unit, in latents."
+    )

@@ -7,21 +7,44 @@ __all__ = ['COUNT_HQ', 'MAPPING', 'ATTRIBUTES', 'NUMBER', 'PARTS', 'PART_FILE', 
            'CelebASource', 'read_mapping', 'list_parts', 'read_parts', 'CelebAMaskHQSource']
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0003
+import io
+import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .celeba_files import COUNT, LABEL, PICTURE, Layout, check_counts, check_digests, find_layout, holds_any, name_some, numbered_files
-from .celeba_files import NumberedTable, read_numbered
-from ..core import FaceVAEError, printable
-from .store import SPLITS, check_size
+from ..core import FaceVAEError, choices, printable
+from facevae.data.celeba_files import (
+    COUNT,
+    LABEL,
+    LAST,
+    MOST_TABLE,
+    PICTURE,
+    NumberedTable,
+    check_counts,
+    check_digests,
+    find_layout,
+    holds_any,
+    name_some,
+    numbered_files,
+    read_numbered,
+)
+from facevae.data.images import (
+    UnusableInput,
+    ZippedPictures,
+    nearest_pixels,
+    open_picture,
+    read_labels,
+    read_picture,
+)
+from .labels import SCHEMES, remap
 from .packing import Faces, Skipped
-from .sources import label_scheme
-from .images import UnusableInput, read_labels, read_picture
-from .images import ZippedPictures
-from .sources import in_batches, map_ahead
+from .sources import in_batches, label_scheme, map_ahead
+from .store import SPLITS, check_size
+from ..safe_io import read_bytes
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0005
 def find_labels(labels: str | Path, pictures: Path) -> Path:
@@ -31,13 +54,19 @@ def find_labels(labels: str | Path, pictures: Path) -> Path:
     Raises FaceVAEError when there is none.
     """
     labels, folder = Path(labels), pictures.with_suffix("").absolute()
-    remedy = (f"Make them with: facevae parse-masks --images '{folder}' --out '{labels}'" + (f" (once '{pictures}' is unpacked)" if pictures.suffix else "") + ".")
+    remedy = (
+        f"Make them with: facevae parse-masks --images '{folder}' --out '{labels}'"
+        + (f" (once '{pictures}' is unpacked)" if pictures.suffix else "")
+        + "."
+    )
     if not labels.is_dir():
         raise FaceVAEError(f"--labels: there is no folder '{labels}' of label maps. {remedy}")
     for depth in range(min(len(folder.parts), 5)):
-        if holds_any(place := labels.joinpath(*folder.parts[len(folder.parts) - depth:]), LABEL):
+        if holds_any(place := labels.joinpath(*folder.parts[len(folder.parts) - depth :]), LABEL):
             return place
-    raise FaceVAEError(f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on. {remedy}")
+    raise FaceVAEError(
+        f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on. {remedy}"
+    )
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0007
 class NumberedSource:
@@ -46,6 +75,7 @@ class NumberedSource:
     form: the name of a picture, for its number. present: whether there is one, bool (N,). attributes: their table.
     partition: which of `SPLITS` each is in, -1 for unknown (N,). lacking: for each kind of fault, which numbers have it, bool (N,), and a detail. workers: decoding threads.
     """
+
     form: str
     present: np.ndarray
     attributes: NumberedTable
@@ -70,12 +100,18 @@ class NumberedSource:
     def known(self, names: list[str]) -> tuple[pd.DataFrame, list[str]]:
         """Attributes and splits of pictures, by name."""
         numbers = [int(name.partition(".")[0]) for name in names]
-        return (pd.DataFrame(self.attributes.values[numbers] == 1, columns=self.attributes.columns), [SPLITS[part] for part in self.partition[numbers]])
+        return (
+            pd.DataFrame(self.attributes.values[numbers] == 1, columns=self.attributes.columns),
+            [SPLITS[part] for part in self.partition[numbers]],
+        )
 
     def __iter__(self) -> Generator[Faces | Skipped]:
         usable = self.present.copy()
         for problem, (having, detail) in self.lacking.items():
-            yield from (Skipped(self.form.format(number), problem, detail) for number in np.flatnonzero(usable & having))
+            yield from (
+                Skipped(self.form.format(number), problem, detail)
+                for number in np.flatnonzero(usable & having)
+            )
             usable &= ~having
         yield from in_batches(map_ahead(self.read, np.flatnonzero(usable), self.workers), self.known)
 
@@ -91,14 +127,32 @@ class CelebASource(NumberedSource):
 
     form = "{:06d}.jpg"
 
-    def __init__(self, root: str | Path, labels: str | Path, size: int = 144, layout: str | None = None, scheme: str | None = None,
-                 allow_subset: bool = False, rescale_labels: bool = False, workers: int | None = None):
-        self.size, self.allow_subset, self.rescale_labels, self.workers = check_size(size), allow_subset, rescale_labels, workers
+    def __init__(
+        self,
+        root: str | Path,
+        labels: str | Path,
+        size: int = 144,
+        layout: str | None = None,
+        scheme: str | None = None,
+        allow_subset: bool = False,
+        rescale_labels: bool = False,
+        workers: int | None = None,
+    ):
+        self.size, self.allow_subset, self.rescale_labels, self.workers = (
+            check_size(size),
+            allow_subset,
+            rescale_labels,
+            workers,
+        )
         self.root, self.layout = Path(root).absolute(), find_layout(root, layout)
         self.label_folder = find_labels(labels, self.layout.pictures)
         self.labels, (self.scheme, self.parsing) = Path(labels).absolute(), label_scheme(labels, scheme)
-        self.zipped = ZippedPictures(self.layout.pictures, PICTURE, COUNT) if self.layout.pictures.is_file() else None
-        self.present = self.zipped.present if self.zipped else numbered_files(self.layout.pictures, PICTURE, COUNT)
+        self.zipped = (
+            ZippedPictures(self.layout.pictures, PICTURE, COUNT) if self.layout.pictures.is_file() else None
+        )
+        self.present = (
+            self.zipped.present if self.zipped else numbered_files(self.layout.pictures, PICTURE, COUNT)
+        )
         self.attributes = read_numbered(self.layout.attributes, COUNT)
         partition = read_numbered(self.layout.partition, COUNT, ("partition",), allowed=(0, 1, 2))
         self.partition = np.where(partition.known, partition.values[:, 0], -1)
@@ -107,40 +161,51 @@ class CelebASource(NumberedSource):
             check_digests(self.layout)
         labelled = numbered_files(self.label_folder, LABEL, COUNT)
         unlabelled = self.present & ~labelled
-        self.lacking = {"no label map": (~labelled, f"facevae parse-masks makes it in '{self.label_folder}', and goes on where it stopped "
-                                                    f"({np.count_nonzero(unlabelled):,} of {len(self):,} pictures lack theirs)"),
-                        "no attributes": (~self.attributes.known, f"'{self.layout.attributes.name}' has no row of this name"),
-                        "no split": (self.partition < 0, f"'{self.layout.partition.name}' has no row of this name")}
+        self.lacking = {
+            "no label map": (
+                ~labelled,
+                f"facevae parse-masks makes it in '{self.label_folder}', and goes on where it stopped "
+                f"({np.count_nonzero(unlabelled):,} of {len(self):,} pictures lack theirs)",
+            ),
+            "no attributes": (
+                ~self.attributes.known,
+                f"'{self.layout.attributes.name}' has no row of this name",
+            ),
+            "no split": (self.partition < 0, f"'{self.layout.partition.name}' has no row of this name"),
+        }
         self.notes = [str(self.layout)]
         if allow_subset and np.count_nonzero(self.present) < COUNT:
-            self.notes.append(f"A subset of CelebA: {np.count_nonzero(self.present):,} of {COUNT:,} pictures.")
+            self.notes.append(
+                f"A subset of CelebA: {np.count_nonzero(self.present):,} of {COUNT:,} pictures."
+            )
         if len(alone := np.flatnonzero(labelled & ~self.present)):
-            self.notes.append(f"{len(alone):,} label maps have no picture, for example {name_some(alone[:1], '{:06d}.png')}.")
+            self.notes.append(
+                f"{len(alone):,} label maps have no picture, for example {name_some(alone[:1], '{:06d}.png')}."
+            )
 
     def describe(self) -> dict:
-        return {"kind": "celeba", "root": printable(str(self.root)), "layout": self.layout.name, "labels": printable(str(self.labels)), "scheme": self.scheme,
-                "allow_subset": self.allow_subset, "rescale_labels": self.rescale_labels} | ({"parsing": self.parsing} if self.parsing else {})
+        return {
+            "kind": "celeba",
+            "root": printable(str(self.root)),
+            "layout": self.layout.name,
+            "labels": printable(str(self.labels)),
+            "scheme": self.scheme,
+            "allow_subset": self.allow_subset,
+            "rescale_labels": self.rescale_labels,
+        } | ({"parsing": self.parsing} if self.parsing else {})
 
     def read_face(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        image, original = read_picture(self.layout.pictures / self.form.format(number), self.size, self.zipped.read(number) if self.zipped else None)
-        return image, read_labels(self.label_folder / f"{number:06d}.png", self.scheme, self.size, None if self.rescale_labels else original)
-
-# %% ../../nbs/03_data/06_celeba.ipynb #c0017
-import io
-import os
-import re
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-
-from .celeba_files import COUNT, LAST, PICTURE, holds_any, name_some, numbered_files
-from .celeba_files import MOST_TABLE, read_numbered
-from ..core import FaceVAEError, choices, printable
-from .labels import SCHEMES, remap
-from .store import check_size
-from .images import UnusableInput, nearest_pixels, open_picture, read_picture
-from ..safe_io import read_bytes
+        image, original = read_picture(
+            self.layout.pictures / self.form.format(number),
+            self.size,
+            self.zipped.read(number) if self.zipped else None,
+        )
+        return image, read_labels(
+            self.label_folder / f"{number:06d}.png",
+            self.scheme,
+            self.size,
+            None if self.rescale_labels else original,
+        )
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0019
 COUNT_HQ = 30_000
@@ -158,14 +223,29 @@ def read_mapping(path: Path) -> np.ndarray:
     try:
         table = pd.read_csv(io.BytesIO(data), sep=r"\s+", dtype=str, keep_default_na=False)
         if list(table.columns) != ["idx", "orig_idx", "orig_file"]:
-            raise ValueError(f"its columns are {', '.join(map(str, table.columns))[:200]}, and should be idx, orig_idx, orig_file")
+            raise ValueError(
+                f"its columns are {', '.join(map(str, table.columns))[:200]}, and should be idx, orig_idx, orig_file"
+            )
         here = pd.to_numeric(table["idx"]).to_numpy()
-        there = pd.to_numeric(table["orig_file"].str.extract(f"^{PICTURE.pattern}$", expand=False)).to_numpy(dtype=float, na_value=0)
-        bad = (here < 0) | (here >= COUNT_HQ) | (there < 1) | (there > COUNT) | pd.Series(here).duplicated().to_numpy() | pd.Series(there).duplicated().to_numpy()
+        there = pd.to_numeric(table["orig_file"].str.extract(f"^{PICTURE.pattern}$", expand=False)).to_numpy(
+            dtype=float, na_value=0
+        )
+        bad = (
+            (here < 0)
+            | (here >= COUNT_HQ)
+            | (there < 1)
+            | (there > COUNT)
+            | pd.Series(here).duplicated().to_numpy()
+            | pd.Series(there).duplicated().to_numpy()
+        )
         if bad.any():
-            raise ValueError(f"row {np.flatnonzero(bad)[0] + 1} ({' '.join(table[bad].iloc[0])[:100]}) names no picture, or one that another row names")
+            raise ValueError(
+                f"row {np.flatnonzero(bad)[0] + 1} ({' '.join(table[bad].iloc[0])[:100]}) names no picture, or one that another row names"
+            )
     except Exception as error:  # a hostile file can fail in any way
-        raise FaceVAEError(f"The table '{path}' cannot be read: {printable(str(error)[:300])}. {remedy}") from None
+        raise FaceVAEError(
+            f"The table '{path}' cannot be read: {printable(str(error)[:300])}. {remedy}"
+        ) from None
     numbers = np.zeros(COUNT_HQ, np.int32)
     numbers[here.astype(int)] = there
     return numbers
@@ -188,7 +268,9 @@ def list_parts(folder: Path) -> np.ndarray:
         with os.scandir(folder / str(inner)) as entries:
             for match in filter(None, (PART_FILE.fullmatch(entry.name) for entry in entries)):
                 if match[2] not in PARTS:
-                    raise FaceVAEError(f"'{folder / str(inner) / match[0]}' is of the part '{match[2]}'. {choices(match[2], PARTS)} Remove it, or rename it.")
+                    raise FaceVAEError(
+                        f"'{folder / str(inner) / match[0]}' is of the part '{match[2]}'. {choices(match[2], PARTS)} Remove it, or rename it."
+                    )
                 if int(match[1]) // FOLDER_SIZE == inner:
                     present[int(match[1]), PARTS.index(match[2])] = True
     return present
@@ -206,8 +288,11 @@ def read_parts(paths: dict[str, Path], size: int, picture: tuple[int, int]) -> n
             width, height = image.size
             sizes.add(image.size)
             if len(sizes) > 1 or width * picture[1] != height * picture[0]:
-                raise UnusableInput("the parts have another size than their picture", f"'{path.name}' is {width} x {height}, the picture {picture[0]} x "
-                                    f"{picture[1]}; all parts must have one size, of the picture's shape")
+                raise UnusableInput(
+                    "the parts have another size than their picture",
+                    f"'{path.name}' is {width} x {height}, the picture {picture[0]} x "
+                    f"{picture[1]}; all parts must have one size, of the picture's shape",
+                )
             try:
                 array = np.asarray(image.getchannel(0))  # (H, W)
             except Exception as error:  # decoders fail in every way there is
@@ -222,30 +307,65 @@ class CelebAMaskHQSource(NumberedSource):
     root: the folder CelebAMask-HQ, or the one that holds it. size: side in pixels. allow_subset: accept a part of the 30,000 faces.
     workers: decoding threads. Raises FaceVAEError for what is missing or incomplete.
     """
+
     scheme, form = "celebamask-hq", "{}.jpg"
 
-    def __init__(self, root: str | Path, size: int = 144, allow_subset: bool = False, workers: int | None = None):
-        self.size, self.allow_subset, self.workers, self.root = check_size(size), allow_subset, workers, Path(root).absolute()
-        base = next((base for base in (self.root, self.root / "CelebAMask-HQ") if (base / "CelebA-HQ-img").is_dir()), self.root)
+    def __init__(
+        self, root: str | Path, size: int = 144, allow_subset: bool = False, workers: int | None = None
+    ):
+        self.size, self.allow_subset, self.workers, self.root = (
+            check_size(size),
+            allow_subset,
+            workers,
+            Path(root).absolute(),
+        )
+        base = next(
+            (base for base in (self.root, self.root / "CelebAMask-HQ") if (base / "CelebA-HQ-img").is_dir()),
+            self.root,
+        )
         self.pictures, self.parts_folder = base / "CelebA-HQ-img", base / "CelebAMask-HQ-mask-anno"
-        there = {f"{self.pictures}": holds_any(self.pictures, NUMBER), f"{self.parts_folder}": (self.parts_folder / "0").is_dir(),
-                 f"{base / MAPPING}": (base / MAPPING).is_file(), f"{base / ATTRIBUTES}": (base / ATTRIBUTES).is_file()}
+        there = {
+            f"{self.pictures}": holds_any(self.pictures, NUMBER),
+            f"{self.parts_folder}": (self.parts_folder / "0").is_dir(),
+            f"{base / MAPPING}": (base / MAPPING).is_file(),
+            f"{base / ATTRIBUTES}": (base / ATTRIBUTES).is_file(),
+        }
         if lost := [f"'{path}'" for path, found in there.items() if not found]:
-            raise FaceVAEError(f"CelebAMask-HQ at '{root}' is not complete: missing (or empty) {'is' if len(lost) == 1 else 'are'} {', '.join(lost)}. Unpack "
-                               "CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ there, or name another --root.")
+            raise FaceVAEError(
+                f"CelebAMask-HQ at '{root}' is not complete: missing (or empty) {'is' if len(lost) == 1 else 'are'} {', '.join(lost)}. Unpack "
+                "CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ there, or name another --root."
+            )
         self.present = numbered_files(self.pictures, NUMBER, COUNT_HQ - 1)
-        self.attributes, self.originals = read_numbered(base / ATTRIBUTES, COUNT_HQ - 1, pattern=NUMBER), read_mapping(base / MAPPING)
+        self.attributes, self.originals = (
+            read_numbered(base / ATTRIBUTES, COUNT_HQ - 1, pattern=NUMBER),
+            read_mapping(base / MAPPING),
+        )
         self.parts = list_parts(self.parts_folder)
-        rows = {self.pictures: self.present, base / MAPPING: self.originals > 0, base / ATTRIBUTES: self.attributes.known, self.parts_folder: self.parts.any(1)}
+        rows = {
+            self.pictures: self.present,
+            base / MAPPING: self.originals > 0,
+            base / ATTRIBUTES: self.attributes.known,
+            self.parts_folder: self.parts.any(1),
+        }
         for path, found in rows.items():
             if not allow_subset and len(missing := np.flatnonzero(~found)):
-                raise FaceVAEError(f"'{path}' has {COUNT_HQ - len(missing):,} of CelebAMask-HQ's {COUNT_HQ:,} faces; missing: {name_some(missing, '{}.jpg')}. "
-                                   "Unpack it again, or take what is there with --allow-subset.")
-        self.notes = [f"A subset of CelebAMask-HQ: {len(self):,} of {COUNT_HQ:,} faces."] if len(self) < COUNT_HQ else []
-        self.partition = np.where(self.originals > 0, np.searchsorted(list(LAST.values()), self.originals), -1)
-        self.lacking = {"no label map": (~self.parts.any(1), f"there is no part of it in '{self.parts_folder}'"),
-                        "no picture of CelebA": (self.originals == 0, f"'{MAPPING}' has no row of this name"),
-                        "no attributes": (~self.attributes.known, f"'{ATTRIBUTES}' has no row of this name")}
+                raise FaceVAEError(
+                    f"'{path}' has {COUNT_HQ - len(missing):,} of CelebAMask-HQ's {COUNT_HQ:,} faces; missing: {name_some(missing, '{}.jpg')}. "
+                    "Unpack it again, or take what is there with --allow-subset."
+                )
+        self.notes = (
+            [f"A subset of CelebAMask-HQ: {len(self):,} of {COUNT_HQ:,} faces."]
+            if len(self) < COUNT_HQ
+            else []
+        )
+        self.partition = np.where(
+            self.originals > 0, np.searchsorted(list(LAST.values()), self.originals), -1
+        )
+        self.lacking = {
+            "no label map": (~self.parts.any(1), f"there is no part of it in '{self.parts_folder}'"),
+            "no picture of CelebA": (self.originals == 0, f"'{MAPPING}' has no row of this name"),
+            "no attributes": (~self.attributes.known, f"'{ATTRIBUTES}' has no row of this name"),
+        }
 
     def describe(self) -> dict:
         return {"kind": "celebamask-hq", "root": printable(str(self.root)), "allow_subset": self.allow_subset}
@@ -253,4 +373,12 @@ class CelebAMaskHQSource(NumberedSource):
     def read_face(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         folder = self.parts_folder / str(number // FOLDER_SIZE)
         image, original = read_picture(self.pictures / self.form.format(number), self.size)
-        return image, read_parts({part: folder / f"{number:05d}_{part}.png" for part, there in zip(PARTS, self.parts[number]) if there}, self.size, original)
+        return image, read_parts(
+            {
+                part: folder / f"{number:05d}_{part}.png"
+                for part, there in zip(PARTS, self.parts[number])
+                if there
+            },
+            self.size,
+            original,
+        )

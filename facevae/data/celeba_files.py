@@ -9,20 +9,30 @@ __all__ = ['COUNT', 'LAST', 'PICTURE', 'LABEL', 'INNER', 'LAYOUTS', 'BASES', 'HO
            'download_celeba', 'unpack']
 
 # %% ../../nbs/03_data/05_celeba_files.ipynb #c0003
+import errno
+import io
 import itertools
 import os
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from ..core import FaceVAEError, choices, printable
+from ..core import FaceVAEError, atomic_file, choices, printable, progress_bar
 from .store import SPLITS
+from ..safe_io import read_bytes
 
 # %% ../../nbs/03_data/05_celeba_files.ipynb #c0005
 COUNT = 202_599
-LAST = {"train": 162_770, "val": 182_637, "test": COUNT}  # the last picture of each split: the official partition is by number
+LAST = {
+    "train": 162_770,
+    "val": 182_637,
+    "test": COUNT,
+}  # the last picture of each split: the official partition is by number
 PICTURE, LABEL = re.compile(r"(\d{6})\.jpg"), re.compile(r"(\d{6})\.png")
 
 
@@ -38,7 +48,9 @@ def numbered_files(folder: Path, pattern: re.Pattern, highest: int) -> np.ndarra
                 if (match := pattern.fullmatch(entry.name)) and (number := int(match[1])) <= highest:
                     present[number] = True
     except OSError as error:
-        raise FaceVAEError(f"The folder '{folder}' cannot be read ({error.strerror}). Allow reading it, or move it elsewhere.") from None
+        raise FaceVAEError(
+            f"The folder '{folder}' cannot be read ({error.strerror}). Allow reading it, or move it elsewhere."
+        ) from None
     return present
 
 
@@ -57,12 +69,27 @@ def name_some(numbers: np.ndarray, form: str = "{:06d}.jpg") -> str:
     return first + (f" and {len(numbers) - 3:,} more" if len(numbers) > 3 else "")
 
 # %% ../../nbs/03_data/05_celeba_files.ipynb #c0007
-INNER = ("img_align_celeba/img_align_celeba", "img_align_celeba", "img_align_celeba.zip")  # what unpacks into itself comes first
+INNER = (
+    "img_align_celeba/img_align_celeba",
+    "img_align_celeba",
+    "img_align_celeba.zip",
+)  # what unpacks into itself comes first
 LAYOUTS = {
-    "official": {"pictures": tuple(f"Img/{place}" for place in INNER), "attributes": ("Anno/list_attr_celeba.txt",),
-                 "partition": ("Eval/list_eval_partition.txt",)},
-    "torchvision": {"pictures": INNER, "attributes": ("list_attr_celeba.txt",), "partition": ("list_eval_partition.txt",)},
-    "kaggle": {"pictures": INNER, "attributes": ("list_attr_celeba.csv",), "partition": ("list_eval_partition.csv",)},
+    "official": {
+        "pictures": tuple(f"Img/{place}" for place in INNER),
+        "attributes": ("Anno/list_attr_celeba.txt",),
+        "partition": ("Eval/list_eval_partition.txt",),
+    },
+    "torchvision": {
+        "pictures": INNER,
+        "attributes": ("list_attr_celeba.txt",),
+        "partition": ("list_eval_partition.txt",),
+    },
+    "kaggle": {
+        "pictures": INNER,
+        "attributes": ("list_attr_celeba.csv",),
+        "partition": ("list_eval_partition.csv",),
+    },
 }
 BASES = ("", "celeba", "CelebA")
 HOME = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -71,6 +98,7 @@ HOME = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 @dataclass(frozen=True)
 class Layout:
     """Where CelebA lies. name: a key of `LAYOUTS`. pictures: a folder or a zip file. attributes, partition: tables."""
+
     name: str
     pictures: Path
     attributes: Path
@@ -97,28 +125,47 @@ def find_layout(root: str | Path, layout: str | None = None) -> Layout:
     if layout is not None and layout not in LAYOUTS:
         raise FaceVAEError(f"Unknown layout '{layout}'. {choices(layout, LAYOUTS)}")
     if not root.is_dir():
-        raise FaceVAEError(f"--root: there is no folder '{root}'. Name the folder that holds CelebA, or fetch it there with --download.")
+        raise FaceVAEError(
+            f"--root: there is no folder '{root}'. Name the folder that holds CelebA, or fetch it there with --download."
+        )
     bases = []
     for base in filter(Path.is_dir, (root / name for name in BASES)):
-        if not any(base.samefile(other) for other in bases):  # celeba and CelebA are one where capitals make no difference
+        if not any(
+            base.samefile(other) for other in bases
+        ):  # celeba and CelebA are one where capitals make no difference
             bases.append(base)
     wanted = [layout] if layout else list(LAYOUTS)
-    tried = [(name, base, {part: _found(base, places) for part, places in LAYOUTS[name].items()})
-             for base, name in itertools.product(bases, wanted)]
+    tried = [
+        (name, base, {part: _found(base, places) for part, places in LAYOUTS[name].items()})
+        for base, name in itertools.product(bases, wanted)
+    ]
     whole = [Layout(name, **parts) for name, _, parts in tried if all(parts.values())]
     if len(whole) == 1:
         return whole[0]
     if whole:
-        remedy = f"--layout {whole[0].name}" if len({found.name for found in whole}) > 1 else "a --root further inside"
-        raise FaceVAEError(f"'{root}' holds CelebA more than once: {'; '.join(map(str, whole))}. Choose one, for example with {remedy}.")
+        remedy = (
+            f"--layout {whole[0].name}"
+            if len({found.name for found in whole}) > 1
+            else "a --root further inside"
+        )
+        raise FaceVAEError(
+            f"'{root}' holds CelebA more than once: {'; '.join(map(str, whole))}. Choose one, for example with {remedy}."
+        )
     name, base, parts = max(tried, key=lambda one: sum(path is not None for path in one[2].values()))
     remedy = f"Fetch it from {HOME}, or with --download, or name another --root."
     if not any(parts.values()):
-        places = "; ".join(f"{name}: {', '.join(options[-1] for options in LAYOUTS[name].values())}" for name in wanted)
+        places = "; ".join(
+            f"{name}: {', '.join(options[-1] for options in LAYOUTS[name].values())}" for name in wanted
+        )
         raise FaceVAEError(f"'{root}' holds nothing of CelebA in a layout that is known ({places}). {remedy}")
-    missing = "; ".join(f"the {part} (looked for {' and '.join(repr(str(base / place)) for place in LAYOUTS[name][part])})"
-                        for part, path in parts.items() if path is None)
-    raise FaceVAEError(f"CelebA in '{root}' is not complete: it looks like the {name} layout, but lacks {missing}. {remedy}")
+    missing = "; ".join(
+        f"the {part} (looked for {' and '.join(repr(str(base / place)) for place in LAYOUTS[name][part])})"
+        for part, path in parts.items()
+        if path is None
+    )
+    raise FaceVAEError(
+        f"CelebA in '{root}' is not complete: it looks like the {name} layout, but lacks {missing}. {remedy}"
+    )
 
 # %% ../../nbs/03_data/05_celeba_files.ipynb #c0012
 def check_counts(present: np.ndarray, attributes: np.ndarray, partition: np.ndarray, where: Layout) -> None:
@@ -127,42 +174,46 @@ def check_counts(present: np.ndarray, attributes: np.ndarray, partition: np.ndar
     present, attributes: whether there is a picture or a row, bool (COUNT + 1,). partition: 0, 1, 2 for a split, -1 for no row.
     """
     remedy = "Copy it again, or take what is there with --allow-subset."
-    for found, path, what in ((present, where.pictures, "pictures"), (attributes, where.attributes, "rows"), (partition >= 0, where.partition, "rows")):
+    for found, path, what in (
+        (present, where.pictures, "pictures"),
+        (attributes, where.attributes, "rows"),
+        (partition >= 0, where.partition, "rows"),
+    ):
         if len(missing := np.flatnonzero(~found[1:]) + 1):
-            raise FaceVAEError(f"'{path}' holds {COUNT - len(missing):,} of CelebA's {COUNT:,} {what}; missing: {name_some(missing)}. {remedy}")
+            raise FaceVAEError(
+                f"'{path}' holds {COUNT - len(missing):,} of CelebA's {COUNT:,} {what}; missing: {name_some(missing)}. {remedy}"
+            )
     official = np.searchsorted(list(LAST.values()), np.arange(1, COUNT + 1))
     if (wrong := partition[1:] != official).any():
         counts = [f"{np.count_nonzero(partition[1:] == i):,} {split}" for i, split in enumerate(SPLITS)]
-        raise FaceVAEError(f"'{where.partition}' is not CelebA's partition (162,770 train, 19,867 val, 19,962 test): it has {', '.join(counts)}, and "
-                           f"differs first for {name_some(np.flatnonzero(wrong)[:1] + 1)}. {remedy}")
+        raise FaceVAEError(
+            f"'{where.partition}' is not CelebA's partition (162,770 train, 19,867 val, 19,962 test): it has {', '.join(counts)}, and "
+            f"differs first for {name_some(np.flatnonzero(wrong)[:1] + 1)}. {remedy}"
+        )
 
 
 def published_files() -> dict[str, tuple[str, str]]:
     """Google Drive's id and the MD5 digest of the files that were published, by name, as torchvision lists them."""
     from torchvision.datasets import CelebA
+
     return {name: (key, digest) for key, digest, name in CelebA.file_list}
 
 
 def check_digests(where: Layout) -> None:
     """Raise FaceVAEError for a file whose MD5 digest is not the published one; those without a published one pass."""
     from torchvision.datasets.utils import calculate_md5
+
     published = published_files()
     for path in (where.partition, where.attributes, where.pictures):
-        if path.name in published and path.is_file() and (found := calculate_md5(path)) != published[path.name][1]:
-            raise FaceVAEError(f"'{path}' is not the file that was published: its MD5 digest is {found}, and should be {published[path.name][1]}. "
-                               "Fetch it again, or take it as it is with --allow-subset.")
-
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c0018
-import io
-import re
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import pandas as pd
-
-from ..core import FaceVAEError, printable
-from ..safe_io import read_bytes
+        if (
+            path.name in published
+            and path.is_file()
+            and (found := calculate_md5(path)) != published[path.name][1]
+        ):
+            raise FaceVAEError(
+                f"'{path}' is not the file that was published: its MD5 digest is {found}, and should be {published[path.name][1]}. "
+                "Fetch it again, or take it as it is with --allow-subset."
+            )
 
 # %% ../../nbs/03_data/05_celeba_files.ipynb #c0020
 MOST_TABLE, MOST_HEADER, MOST_COLUMNS = 2**27, 2**16, 200
@@ -170,13 +221,19 @@ MOST_TABLE, MOST_HEADER, MOST_COLUMNS = 2**27, 2**16, 200
 
 class NumberedTable(NamedTuple):
     """A table by number. columns: names of C columns. known: bool (N + 1,), whether number i has a row. values: int8 (N + 1, C)."""
+
     columns: list[str]
     known: np.ndarray
     values: np.ndarray
 
 
-def read_numbered(path: Path, highest: int, columns: tuple[str, ...] | None = None, pattern: re.Pattern = PICTURE,
-                  allowed: tuple[int, ...] = (-1, 0, 1)) -> NumberedTable:
+def read_numbered(
+    path: Path,
+    highest: int,
+    columns: tuple[str, ...] | None = None,
+    pattern: re.Pattern = PICTURE,
+    allowed: tuple[int, ...] = (-1, 0, 1),
+) -> NumberedTable:
     """A table whose rows begin with the name of a picture, and go on with small integers.
 
     path: a text file with a number of rows and names of columns first, or, when it is called .csv, with the latter alone.
@@ -188,11 +245,22 @@ def read_numbered(path: Path, highest: int, columns: tuple[str, ...] | None = No
     try:
         return _parse(data, path.suffix == ".csv", highest, columns, pattern, allowed)
     except Exception as error:  # a hostile file can fail in any way
-        why = "it is a web page, which a host sends when it refuses a download" if data[:200].lstrip().startswith(b"<") else printable(str(error)[:300])
+        why = (
+            "it is a web page, which a host sends when it refuses a download"
+            if data[:200].lstrip().startswith(b"<")
+            else printable(str(error)[:300])
+        )
         raise FaceVAEError(f"The table '{path}' cannot be read: {why}. {remedy}") from None
 
 
-def _parse(data: bytes, commas: bool, highest: int, columns: tuple[str, ...] | None, pattern: re.Pattern, allowed: tuple[int, ...]) -> NumberedTable:
+def _parse(
+    data: bytes,
+    commas: bool,
+    highest: int,
+    columns: tuple[str, ...] | None,
+    pattern: re.Pattern,
+    allowed: tuple[int, ...],
+) -> NumberedTable:
     """What `read_numbered` returns. Raises any error for a table that is none."""
     text, promised = io.BytesIO(data), None
     line = lambda: text.readline(MOST_HEADER).decode().strip()
@@ -201,7 +269,9 @@ def _parse(data: bytes, commas: bool, highest: int, columns: tuple[str, ...] | N
         columns = split(line())[1:]
     elif columns is None:
         promised, columns = int(line()), split(line())
-    odd = [name for name in columns if not name.isprintable() or len(name) > 200 or name in ("", "name", "split")]  # a store has the last two
+    odd = [
+        name for name in columns if not name.isprintable() or len(name) > 200 or name in ("", "name", "split")
+    ]  # a store has the last two
     if odd or not 0 < len(columns) <= MOST_COLUMNS or len(set(columns)) < len(columns):
         raise ValueError("its first lines do not name the columns")
     start = text.tell()
@@ -209,32 +279,34 @@ def _parse(data: bytes, commas: bool, highest: int, columns: tuple[str, ...] | N
         raise ValueError(f"its first row has {len(first)} fields, and should have {len(columns) + 1}")
     text.seek(start)
     names = ["", *columns]
-    table = pd.read_csv(text, sep="," if commas else r"\s+", header=None, names=range(len(names)), dtype={0: str} | dict.fromkeys(range(1, len(names)), np.int8),
-                        index_col=False, keep_default_na=False)
+    table = pd.read_csv(
+        text,
+        sep="," if commas else r"\s+",
+        header=None,
+        names=range(len(names)),
+        dtype={0: str} | dict.fromkeys(range(1, len(names)), np.int8),
+        index_col=False,
+        keep_default_na=False,
+    )
     if promised is not None and promised != len(table):
-        raise ValueError(f"its first line promises {promised:,} rows, and it has {len(table):,}: it was cut short or joined")
+        raise ValueError(
+            f"its first line promises {promised:,} rows, and it has {len(table):,}: it was cut short or joined"
+        )
     if not (fits := table[0].str.fullmatch(pattern.pattern)).all():
         raise ValueError(f"it has a row for {table[0][~fits].iloc[0]!r}, which is no name of a picture")
     numbers = table[0].str.extract(pattern.pattern, expand=False).astype(np.int64).to_numpy()
     if numbers.max() > highest or (twice := pd.Series(numbers).duplicated()).any():
         which = table[0][numbers > highest] if numbers.max() > highest else table[0][twice.to_numpy()]
-        raise ValueError(f"it names {which.iloc[0]}, " + ("which the data set does not have" if numbers.max() > highest else "twice"))
+        raise ValueError(
+            f"it names {which.iloc[0]}, "
+            + ("which the data set does not have" if numbers.max() > highest else "twice")
+        )
     found = table.drop(columns=0).to_numpy()
     if len(bad := np.setdiff1d(np.unique(found), allowed)):
         raise ValueError(f"it holds the value {bad[0]}; expected were {', '.join(map(str, allowed))}")
     known, values = np.zeros(highest + 1, bool), np.zeros((highest + 1, len(columns)), np.int8)
     known[numbers], values[numbers] = True, found
     return NumberedTable(list(columns), known, values)
-
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c0024
-import errno
-import os
-import zipfile
-from pathlib import Path
-
-import numpy as np
-
-from ..core import FaceVAEError, atomic_file, printable, progress_bar
 
 # %% ../../nbs/03_data/05_celeba_files.ipynb #c0025
 WANTED = ("list_eval_partition.txt", "list_attr_celeba.txt", "img_align_celeba.zip")
@@ -243,14 +315,20 @@ PACKED_AND_UNPACKED = 3_500_000_000  # bytes
 
 def by_hand(folder: Path, names: tuple[str, ...], why: str) -> FaceVAEError:
     """The error that says what to fetch by hand. why: what went wrong."""
-    files = "; ".join(f"{name} from https://drive.google.com/uc?id={published_files()[name][0]} (md5 {published_files()[name][1]})" for name in names)
-    return FaceVAEError(f"CelebA cannot be downloaded: {why}. Fetch by hand, with a browser: {files}; all are linked from {HOME} as well. Put {'it' if len(names) == 1 else 'them'} "
-                        f"into '{folder}', as they are, and give the same command again; it takes what is there. When Google says that the quota is exceeded, try again a day later.")
+    files = "; ".join(
+        f"{name} from https://drive.google.com/uc?id={published_files()[name][0]} (md5 {published_files()[name][1]})"
+        for name in names
+    )
+    return FaceVAEError(
+        f"CelebA cannot be downloaded: {why}. Fetch by hand, with a browser: {files}; all are linked from {HOME} as well. Put {'it' if len(names) == 1 else 'them'} "
+        f"into '{folder}', as they are, and give the same command again; it takes what is there. When Google says that the quota is exceeded, try again a day later."
+    )
 
 
 def _fetch(folder: Path, name: str) -> None:
     """Fetch one file, which appears only with its published checksum. Raises any error."""
     from torchvision.datasets.utils import download_file_from_google_drive
+
     key, digest = published_files()[name]
     with atomic_file(folder / name) as partial:
         try:
@@ -258,7 +336,9 @@ def _fetch(folder: Path, name: str) -> None:
         except Exception:
             with open(partial, "rb") as file:
                 if file.read(200).lstrip().startswith(b"<"):
-                    raise RuntimeError("the host answered with a web page instead of the file, as it does when a quota is exceeded") from None
+                    raise RuntimeError(
+                        "the host answered with a web page instead of the file, as it does when a quota is exceeded"
+                    ) from None
             raise
 
 
@@ -268,25 +348,39 @@ def download_celeba(root: str | Path, progress: bool = True) -> Path:
     What is there with the right checksum is kept. progress: show a bar while unpacking. Raises FaceVAEError that says what to fetch by hand when the host refuses.
     """
     from torchvision.datasets.utils import check_integrity
+
     folder = Path(root) / "celeba"
     pictures = folder / "img_align_celeba"
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         whole = np.count_nonzero(numbered_files(pictures, PICTURE, COUNT)) == COUNT
-        missing = [name for name in WANTED if not (whole and name.endswith(".zip")) and not check_integrity(folder / name, published_files()[name][1])]
+        missing = [
+            name
+            for name in WANTED
+            if not (whole and name.endswith(".zip"))
+            and not check_integrity(folder / name, published_files()[name][1])
+        ]
         for done, name in enumerate(missing):
             try:
                 _fetch(folder, name)
             except FaceVAEError:
                 raise
-            except Exception as error:  # whatever a host, its answer or a downloader that must cope with it brings about
+            except (
+                Exception
+            ) as error:  # whatever a host, its answer or a downloader that must cope with it brings about
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise by_hand(folder, tuple(missing[done:]), f"{name}: {printable(str(error))[:300].rstrip('.') or type(error).__name__}") from None
+                raise by_hand(
+                    folder,
+                    tuple(missing[done:]),
+                    f"{name}: {printable(str(error))[:300].rstrip('.') or type(error).__name__}",
+                ) from None
         if not whole:
             unpack(folder / "img_align_celeba.zip", pictures, progress)
     except OSError as error:
-        raise FaceVAEError(f"CelebA cannot be put into '{folder}' ({error.strerror}); it needs {PACKED_AND_UNPACKED / 1e9:.1f} GB. Free some space, or choose another --root.") from None
+        raise FaceVAEError(
+            f"CelebA cannot be put into '{folder}' ({error.strerror}); it needs {PACKED_AND_UNPACKED / 1e9:.1f} GB. Free some space, or choose another --root."
+        ) from None
     return folder
 
 
@@ -294,8 +388,13 @@ def unpack(archive: Path, folder: Path, progress: bool = True) -> None:
     """Unpack those pictures of a zip file that a folder lacks; each appears whole or not at all."""
     there = numbered_files(folder, PICTURE, COUNT)
     with zipfile.ZipFile(archive) as packed:
-        entries = [(entry, match[0]) for entry in packed.infolist() if (match := PICTURE.fullmatch(entry.filename.rpartition("/")[2]))
-                   and int(match[1]) <= COUNT and not there[int(match[1])]]
+        entries = [
+            (entry, match[0])
+            for entry in packed.infolist()
+            if (match := PICTURE.fullmatch(entry.filename.rpartition("/")[2]))
+            and int(match[1]) <= COUNT
+            and not there[int(match[1])]
+        ]
         with progress_bar(len(entries), "unpacking", "picture", progress) as bar:
             for entry, name in entries:
                 partial = folder / f".{name}.partial"

@@ -9,17 +9,26 @@ __all__ = ['FORMATS', 'MOST_PIXELS', 'SMALL', 'LOCAL_HEADER', 'LOCAL_MAGIC', 'MO
 # %% ../../nbs/03_data/01_images.ipynb #c0003
 import functools
 import io
+import os
+import re
+import struct
+import weakref
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..core import FaceVAEError, printable
 from .labels import SCHEMES, remap
 
 # %% ../../nbs/03_data/01_images.ipynb #c0005
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MOST_PIXELS = 100_000_000
-SMALL = 2**20  # bytes; of a file up to this size everything is read at once, which spares Pillow dozens of small reads
+SMALL = (
+    2**20
+)  # bytes; of a file up to this size everything is read at once, which spares Pillow dozens of small reads
 
 
 class UnusableInput(Exception):
@@ -45,7 +54,10 @@ def open_picture(path: Path, formats: tuple[str, ...] = FORMATS, data: bytes | N
             raise UnusableInput("empty file", f"'{path.name}' has 0 bytes")
         image = Image.open(path if large else io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:
-        raise UnusableInput(f"not a {'/'.join(formats)} file", f"'{path.name}' holds something else, or is damaged at its start") from None
+        raise UnusableInput(
+            f"not a {'/'.join(formats)} file",
+            f"'{path.name}' holds something else, or is damaged at its start",
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnusableInput("too many pixels", f"'{path.name}' has more than {MOST_PIXELS:,}") from None
     except OSError as error:
@@ -55,7 +67,9 @@ def open_picture(path: Path, formats: tuple[str, ...] = FORMATS, data: bytes | N
     except Exception as error:  # a hostile header can fail in any way
         raise UnusableInput("truncated or damaged", f"'{path.name}': {str(error)[:300]}") from None
     if image.width * image.height > MOST_PIXELS:
-        raise UnusableInput("too many pixels", f"'{path.name}' is {image.width} x {image.height}, more than {MOST_PIXELS:,}")
+        raise UnusableInput(
+            "too many pixels", f"'{path.name}' is {image.width} x {image.height}, more than {MOST_PIXELS:,}"
+        )
     return image
 
 
@@ -70,7 +84,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_picture(path: str | Path, size: int, data: bytes | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+def read_picture(
+    path: str | Path, size: int, data: bytes | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """A picture file, upright, as RGB, squashed to a square.
 
     path: a JPEG, PNG, WebP or BMP file. size: side of the result in pixels. data: what it holds, when it was read already.
@@ -103,7 +119,9 @@ def nearest_pixels(array: np.ndarray, size: int) -> np.ndarray:
     return array.reshape(-1).take(_nearest(array.shape, size))
 
 
-def read_labels(path: str | Path, scheme: str, size: int, picture: tuple[int, int] | None = None) -> np.ndarray:
+def read_labels(
+    path: str | Path, scheme: str, size: int, picture: tuple[int, int] | None = None
+) -> np.ndarray:
     """A label map, by name in canonical ids, squashed to a square with the nearest pixel.
 
     path: a PNG of class indices. scheme: a key of `labels.SCHEMES`. size: side of the result in pixels.
@@ -113,36 +131,35 @@ def read_labels(path: str | Path, scheme: str, size: int, picture: tuple[int, in
     path = Path(path)
     with open_picture(path, ("PNG",)) as image:
         if image.mode not in ("P", "L", "1", "I", "I;16"):
-            raise UnusableInput("the label map is a colour picture", f"'{path.name}' has the mode {image.mode}; save it with one class index "
-                                "a pixel (mode P or L)")
+            raise UnusableInput(
+                "the label map is a colour picture",
+                f"'{path.name}' has the mode {image.mode}; save it with one class index "
+                "a pixel (mode P or L)",
+            )
         if picture and image.size != picture:
-            raise UnusableInput("the label map has another size than its picture", f"{image.width} x {image.height}, and the picture is "
-                                f"{picture[0]} x {picture[1]} when upright; --rescale-labels accepts it if both show the same crop")
+            raise UnusableInput(
+                "the label map has another size than its picture",
+                f"{image.width} x {image.height}, and the picture is "
+                f"{picture[0]} x {picture[1]} when upright; --rescale-labels accepts it if both show the same crop",
+            )
         try:
             array = np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8)  # (H, W)
         except Exception as error:  # decoders fail in every way there is
             raise UnusableInput("truncated or damaged", f"'{path.name}': {error}") from None
     if array.min() < 0 or array.max() >= len(SCHEMES[scheme]):
         values = ", ".join(str(value) for value in np.unique(array)[-3:])
-        raise UnusableInput(f"the label map has values outside the scheme '{scheme}'", f"the largest in '{path.name}' are {values}, and the "
-                            f"scheme's classes end at {len(SCHEMES[scheme]) - 1}; check --scheme, and that the pixels are class indices")
+        raise UnusableInput(
+            f"the label map has values outside the scheme '{scheme}'",
+            f"the largest in '{path.name}' are {values}, and the "
+            f"scheme's classes end at {len(SCHEMES[scheme]) - 1}; check --scheme, and that the pixels are class indices",
+        )
     return remap(nearest_pixels(array, size), scheme)
 
-# %% ../../nbs/03_data/01_images.ipynb #c0014
-import os
-import re
-import struct
-import weakref
-import zipfile
-import zlib
-from pathlib import Path
-
-import numpy as np
-
-from ..core import FaceVAEError, printable
-
 # %% ../../nbs/03_data/01_images.ipynb #c0015
-LOCAL_HEADER, LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\x03\x04"  # the lengths of name and extra field end it (APPNOTE.TXT 4.3.7)
+LOCAL_HEADER, LOCAL_MAGIC = (
+    struct.Struct("<4s22xHH"),
+    b"PK\x03\x04",
+)  # the lengths of name and extra field end it (APPNOTE.TXT 4.3.7)
 MOST_PICTURE = 2**26
 
 
@@ -156,7 +173,9 @@ class ZippedPictures:
 
     def __init__(self, path: str | Path, pattern: re.Pattern, highest: int):
         self.path = Path(path)
-        self.place, self.packed, self.unpacked, self.checksum = (np.zeros(highest + 1, np.int64) for _ in range(4))
+        self.place, self.packed, self.unpacked, self.checksum = (
+            np.zeros(highest + 1, np.int64) for _ in range(4)
+        )
         self.present, self.deflated = np.zeros(highest + 1, bool), np.zeros(highest + 1, bool)
         try:
             self.file = os.open(self.path, os.O_RDONLY)
@@ -165,14 +184,26 @@ class ZippedPictures:
             with zipfile.ZipFile(self.path) as archive:
                 for entry in archive.infolist():
                     match = pattern.fullmatch(entry.filename.rpartition("/")[2])
-                    if match and (number := int(match[1])) <= highest and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        self.place[number], self.packed[number], self.unpacked[number] = entry.header_offset, entry.compress_size, entry.file_size
+                    if (
+                        match
+                        and (number := int(match[1])) <= highest
+                        and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                    ):
+                        self.place[number], self.packed[number], self.unpacked[number] = (
+                            entry.header_offset,
+                            entry.compress_size,
+                            entry.file_size,
+                        )
                         self.checksum[number], self.present[number] = entry.CRC, True
                         self.deflated[number] = entry.compress_type == zipfile.ZIP_DEFLATED
         except Exception as error:  # a hostile listing can fail in any way
-            raise FaceVAEError(f"'{self.path}' is not a whole zip file ({self._why(error)}). Fetch it again.") from None
+            raise FaceVAEError(
+                f"'{self.path}' is not a whole zip file ({self._why(error)}). Fetch it again."
+            ) from None
         if (over := np.flatnonzero(self.place + self.packed > size)).size:
-            raise FaceVAEError(f"'{self.path}' is not a whole zip file: picture {over[0]} lies behind its end. Fetch it again.")
+            raise FaceVAEError(
+                f"'{self.path}' is not a whole zip file: picture {over[0]} lies behind its end. Fetch it again."
+            )
 
     def _why(self, error: Exception) -> str:
         """What kind of file it is instead."""
@@ -188,7 +219,11 @@ class ZippedPictures:
 
     def read(self, number: int) -> bytes:
         """The content of a picture's file. Raises UnusableInput when it cannot be read, or its checksum is wrong."""
-        place, packed, unpacked = int(self.place[number]), int(self.packed[number]), int(self.unpacked[number])
+        place, packed, unpacked = (
+            int(self.place[number]),
+            int(self.packed[number]),
+            int(self.unpacked[number]),
+        )
         try:
             if max(packed, unpacked) > MOST_PICTURE:
                 raise ValueError(f"it has more than {MOST_PICTURE:,} bytes")

@@ -11,16 +11,67 @@ import numpy as np
 from ..core import FaceVAEError, choices
 
 # %% ../../nbs/03_data/00_labels.ipynb #c0005
-CLASSES = ("background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear", "ear_r",
-           "nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat")
+CLASSES = (
+    "background",
+    "skin",
+    "l_brow",
+    "r_brow",
+    "l_eye",
+    "r_eye",
+    "eye_g",
+    "l_ear",
+    "r_ear",
+    "ear_r",
+    "nose",
+    "mouth",
+    "u_lip",
+    "l_lip",
+    "neck",
+    "neck_l",
+    "cloth",
+    "hair",
+    "hat",
+)
 
 SCHEMES = {
     "face-parsing": CLASSES,
-    "celebamask-hq": ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
-                      "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth"),
+    "celebamask-hq": (
+        "background",
+        "skin",
+        "nose",
+        "eye_g",
+        "l_eye",
+        "r_eye",
+        "l_brow",
+        "r_brow",
+        "l_ear",
+        "r_ear",
+        "mouth",
+        "u_lip",
+        "l_lip",
+        "hair",
+        "hat",
+        "ear_r",
+        "neck_l",
+        "neck",
+        "cloth",
+    ),
 }
 
-FACE_PARTS = ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip", "hair", "hat")
+FACE_PARTS = (
+    "skin",
+    "l_brow",
+    "r_brow",
+    "l_eye",
+    "r_eye",
+    "eye_g",
+    "nose",
+    "mouth",
+    "u_lip",
+    "l_lip",
+    "hair",
+    "hat",
+)
 
 # %% ../../nbs/03_data/00_labels.ipynb #c0008
 def class_ids(parts: tuple[str, ...] = FACE_PARTS) -> tuple[int, ...]:
@@ -42,17 +93,20 @@ def remap(labels: np.ndarray, scheme: str) -> np.ndarray:
     names = SCHEMES[scheme]
     if labels.size and (labels.min() < 0 or labels.max() >= len(names)):
         bad = sorted(int(v) for v in np.unique(labels) if v < 0 or v >= len(names))
-        raise FaceVAEError(f"Label values {bad[:5]} are not classes of the scheme '{scheme}', which numbers "
-                           f"{len(names)} classes from 0. Check --scheme, and that the labels are class indices.")
+        raise FaceVAEError(
+            f"Label values {bad[:5]} are not classes of the scheme '{scheme}', which numbers "
+            f"{len(names)} classes from 0. Check --scheme, and that the labels are class indices."
+        )
     table = np.array([CLASSES.index(name) for name in names], dtype=np.uint8)
     return table[labels]
 
-# %% ../../nbs/03_data/00_labels.ipynb #c0013
-import numpy as np
-
-
 # %% ../../nbs/03_data/00_labels.ipynb #c0015
-UNIONS = {"brows": ("l_brow", "r_brow"), "eyes": ("l_eye", "r_eye"), "nose": ("nose",), "lips": ("mouth", "u_lip", "l_lip")}
+UNIONS = {
+    "brows": ("l_brow", "r_brow"),
+    "eyes": ("l_eye", "r_eye"),
+    "nose": ("nose",),
+    "lips": ("mouth", "u_lip", "l_lip"),
+}
 
 
 def heights(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -111,7 +165,9 @@ def scheme_doubts(labels: np.ndarray, scheme: str) -> str:
     text = f"The labels, read in the scheme '{scheme}', do not look like faces: {'; '.join(found)}."
     for other, names in SCHEMES.items():
         # canonical id -> the number in the file -> canonical id by the other scheme
-        table = np.array([CLASSES.index(names[SCHEMES[scheme].index(part)]) for part in CLASSES], dtype=np.uint8)
+        table = np.array(
+            [CLASSES.index(names[SCHEMES[scheme].index(part)]) for part in CLASSES], dtype=np.uint8
+        )
         if other != scheme and not doubts(table[labels]):
             return text + f" Read in the scheme '{other}' they do: pack them again with --scheme {other}."
     return text + " Look at them before training on them."

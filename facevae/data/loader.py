@@ -8,15 +8,23 @@ __all__ = ['MARGIN', 'face_mask', 'to_device', 'lock', 'Streamed', 'Resident', '
 
 # %% ../../nbs/03_data/07_loader.ipynb #c0003
 import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ..core import FaceVAEError
 from .labels import FACE_PARTS, class_ids
+from .store import FaceStore
 
 # %% ../../nbs/03_data/07_loader.ipynb #c0005
-def face_mask(labels: torch.Tensor, size: int | None = None, parts: tuple[str, ...] = FACE_PARTS,
-              soft: bool = True) -> torch.Tensor:
+def face_mask(
+    labels: torch.Tensor, size: int | None = None, parts: tuple[str, ...] = FACE_PARTS, soft: bool = True
+) -> torch.Tensor:
     """Soft mask of the pixels that belong to the face.
 
     labels: canonical ids, uint8 (B, H, W). size: side of the result in pixels (default H).
@@ -40,18 +48,6 @@ def _mask_constants(parts: tuple[str, ...], device: torch.device) -> tuple[torch
         table[list(class_ids(parts))] = 1.0
         return table.to(device), (tent[:, None] * tent)[None, None].to(device)
 
-# %% ../../nbs/03_data/07_loader.ipynb #c0009
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
-
-from ..core import FaceVAEError
-from .store import FaceStore
-
 # %% ../../nbs/03_data/07_loader.ipynb #c0011
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """A small array or tensor on the device, without waiting for it."""
@@ -68,6 +64,7 @@ class Streamed:
 
     store: a FaceStore. device: where batches are used.
     """
+
     name = "streamed"
 
     def __init__(self, store: FaceStore, device: torch.device):
@@ -75,7 +72,10 @@ class Streamed:
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, S, S, 3) and labels uint8 (B, S, S) of the rows, in the processor's memory."""
-        return tuple(lock(torch.from_numpy(array[rows]), self.device) for array in (self.store.images, self.store.labels))
+        return tuple(
+            lock(torch.from_numpy(array[rows]), self.device)
+            for array in (self.store.images, self.store.labels)
+        )
 
     def place(self, read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What `read` gave, on the device."""
@@ -87,6 +87,7 @@ class Resident:
 
     store: a FaceStore. device: where its copy is made, a piece at a time.
     """
+
     name = "resident"
 
     def __init__(self, store: FaceStore, device: torch.device, piece: int = 4096):
@@ -95,7 +96,7 @@ class Resident:
             copy = torch.empty(source.shape, dtype=torch.uint8, device=device)
             for start in range(0, len(source), piece):
                 # np.array: torch may not share the store's memory, which is read-only.
-                copy[start:start + piece].copy_(torch.from_numpy(np.array(source[start:start + piece])))
+                copy[start : start + piece].copy_(torch.from_numpy(np.array(source[start : start + piece])))
             self.arrays.append(copy)
 
     def read(self, rows: np.ndarray) -> Tensor:
@@ -121,8 +122,12 @@ def free_bytes(device: torch.device) -> tuple[int, int]:
     return torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
 
 
-def choose_feed(store: FaceStore, device: torch.device, wanted: Literal["auto", "resident", "streamed"] = "auto",
-                free: tuple[int, int] | None = None) -> tuple[Streamed | Resident, str]:
+def choose_feed(
+    store: FaceStore,
+    device: torch.device,
+    wanted: Literal["auto", "resident", "streamed"] = "auto",
+    free: tuple[int, int] | None = None,
+) -> tuple[Streamed | Resident, str]:
     """The feed that suits, and a sentence that says why. To be called when training has taken its memory.
 
     wanted: force one of the two; a resident store that is asked for must fit. free: free and total memory in bytes,
@@ -137,11 +142,15 @@ def choose_feed(store: FaceStore, device: torch.device, wanted: Literal["auto", 
     if wanted == "auto" and needed > available - MARGIN * total:
         return Streamed(store, device), f"streamed from disk: {sizes}"
     try:
-        return Resident(store, device), f"resident on {device}" if device.type == "cpu" else f"resident: {sizes}"
+        return Resident(
+            store, device
+        ), f"resident on {device}" if device.type == "cpu" else f"resident: {sizes}"
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         if wanted == "resident":
-            raise FaceVAEError(f"The store '{store.path}' does not fit the device ({sizes}). Use feed=auto or feed=streamed.") from None
+            raise FaceVAEError(
+                f"The store '{store.path}' does not fit the device ({sizes}). Use feed=auto or feed=streamed."
+            ) from None
         return Streamed(store, device), f"streamed from disk: the memory was taken meanwhile ({sizes})"
 
 # %% ../../nbs/03_data/07_loader.ipynb #c0017
@@ -176,19 +185,6 @@ class Lookahead:
         self.forget()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../../nbs/03_data/07_loader.ipynb #c0020
-import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from ..core import FaceVAEError
-from .labels import FACE_PARTS
-from .store import FaceStore
-
 # %% ../../nbs/03_data/07_loader.ipynb #c0021
 @functools.lru_cache(2)
 def _epoch(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -204,11 +200,12 @@ def sample_order(count: int, seed: int, start: int, stop: int) -> np.ndarray:
     epochs = range(start // count, (stop - 1) // count + 1)
     stream = np.concatenate([_epoch(count, seed, epoch) for epoch in epochs])
     first = epochs[0] * count
-    return stream[start - first:stop - first]
+    return stream[start - first : stop - first]
 
 # %% ../../nbs/03_data/07_loader.ipynb #c0025
 class Batch(NamedTuple):
     """Some faces, ready for the model."""
+
     names: list[str]
     images: torch.Tensor  # (B, 3, size, size) float32 in [0, 1], channels last in memory
     mask: torch.Tensor  # (B, 1, size, size) float32 in [0, 1], the true face mask with soft edges
@@ -225,20 +222,36 @@ class Batches:
     feed: where the bytes come from; it may be exchanged between two batches.
     """
 
-    def __init__(self, store: FaceStore, split: str, size: int | None = None, batch_size: int = 32, seed: int = 0,
-                 parts: tuple[str, ...] = FACE_PARTS, flip: bool = False, limit: int | None = None, device="cpu",
-                 share: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        store: FaceStore,
+        split: str,
+        size: int | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+        parts: tuple[str, ...] = FACE_PARTS,
+        flip: bool = False,
+        limit: int | None = None,
+        device="cpu",
+        share: tuple[int, int] = (0, 1),
+    ):
         self.store, self.size, self.batch_size, self.seed = store, size or store.size, batch_size, seed
         self.parts, self.flip, self.device = tuple(parts), flip, torch.device(device)
         self.rows = store.rows(split)[:limit]
         if not len(self.rows):
-            raise FaceVAEError(f"The store '{store.path}' has no pictures in its split '{split}'. Pack more pictures.")
+            raise FaceVAEError(
+                f"The store '{store.path}' has no pictures in its split '{split}'. Pack more pictures."
+            )
         if self.size > store.size:
-            raise FaceVAEError(f"The store '{store.path}' holds {store.size} px pictures, smaller than the {self.size} px "
-                               f"asked for. Pack it again with --size {self.size}, or train with size={store.size}.")
+            raise FaceVAEError(
+                f"The store '{store.path}' holds {store.size} px pictures, smaller than the {self.size} px "
+                f"asked for. Pack it again with --size {self.size}, or train with size={store.size}."
+            )
         if batch_size % share[1]:
-            raise FaceVAEError(f"A batch of {batch_size} pictures cannot be shared evenly by {share[1]} processes. Set batch_size to a "
-                               f"multiple of {share[1]}, or use another number of processes.")
+            raise FaceVAEError(
+                f"A batch of {batch_size} pictures cannot be shared evenly by {share[1]} processes. Set batch_size to a "
+                f"multiple of {share[1]}, or use another number of processes."
+            )
         self.share = share
         self.part = slice(share[0] * batch_size // share[1], (share[0] + 1) * batch_size // share[1])
         self.feed = Streamed(store, self.device)
@@ -264,7 +277,9 @@ class Batches:
         images, labels = self.feed.place(read)  # uint8 (B, S, S, 3) and (B, S, S)
         images = images.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, S, S), a channels-last view
         if self.size != self.store.size:
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True).clamp_(
+                0, 1
+            )
         mask = face_mask(labels, self.size, self.parts)  # (B, 1, size, size)
         if mirrored is not None:
             flip = to_device(mirrored.view(-1, 1, 1, 1), self.device)
@@ -281,14 +296,16 @@ class Batches:
         positions = sample_order(len(self.rows), self.seed, start + self.part.start, start + self.part.stop)
         mirrored = None
         if self.flip:
-            mirrored = torch.from_numpy(np.random.default_rng([self.seed, step, 1]).random(self.batch_size)[self.part] < 0.5)
+            mirrored = torch.from_numpy(
+                np.random.default_rng([self.seed, step, 1]).random(self.batch_size)[self.part] < 0.5
+            )
         rows = self.rows[positions]
         return rows, self.feed.read(rows), mirrored
 
     def _read_next(self, turn: int) -> tuple:
         """What the processor has to do for this process' batch number `turn` of a pass over the split; nothing beyond its end."""
         index = self.share[0] + turn * self.share[1]
-        rows = self.rows[index * self.batch_size:(index + 1) * self.batch_size]
+        rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
         return rows, self.feed.read(rows) if len(rows) else None
 
     def at(self, step: int) -> Batch:
@@ -297,4 +314,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over this process' batches of the split in the store's order; the last batch may be smaller."""
-        return (self.prepare(*self.passing(turn)) for turn in range(len(range(self.share[0], len(self), self.share[1]))))
+        return (
+            self.prepare(*self.passing(turn))
+            for turn in range(len(range(self.share[0], len(self), self.share[1])))
+        )

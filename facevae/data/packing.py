@@ -29,10 +29,29 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
+from facevae.core import (
+    FaceVAEError,
+    atomic_directory,
+    atomic_file,
+    file_digest,
+    partial_prefix,
+    printable,
+    progress_bar,
+    write_text,
+)
 from .labels import scheme_doubts
-from .store import FaceStore, ArrayWriter, open_array
-from ..core import FaceVAEError, atomic_directory, atomic_file, file_digest, partial_prefix, printable, progress_bar, write_text
-from .store import FILES, RESIZE, SPLITS, Manifest, SkippedInput, check_size, hash_split
+from facevae.data.store import (
+    FILES,
+    RESIZE,
+    SPLITS,
+    ArrayWriter,
+    FaceStore,
+    Manifest,
+    SkippedInput,
+    check_size,
+    hash_split,
+    open_array,
+)
 from ..safe_io import name_problem
 
 # %% ../../nbs/03_data/03_packing.ipynb #c0005
@@ -42,6 +61,7 @@ class Faces:
 
     attributes: bool table of B rows, or None. splits: a split for each, or None for a split by the hash of its name.
     """
+
     names: list[str]
     images: np.ndarray
     labels: np.ndarray
@@ -52,6 +72,7 @@ class Faces:
 @dataclass
 class Skipped:
     """An input that cannot be used. problem: the kind of fault. detail: what is particular to this input."""
+
     name: str
     problem: str
     detail: str = ""
@@ -66,6 +87,7 @@ class Source(Protocol):
 
     size: side in pixels. scheme: the label scheme of the originals. notes: remarks for the manifest.
     """
+
     size: int
     scheme: str
     notes: list[str]
@@ -84,7 +106,10 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def stop(*_): raise SystemExit(128 + signal.SIGTERM)
+
+    def stop(*_):
+        raise SystemExit(128 + signal.SIGTERM)
+
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
@@ -118,8 +143,10 @@ def _remove_leftovers(out: Path) -> None:
 
 def _full(out: Path, needed: int) -> FaceVAEError:
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
-    return FaceVAEError(f"There is not enough space for the store '{out}': about {needed / 1e6:,.0f} MB are needed, and "
-                        f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in '{folder}'. Free some, choose another --out, or a smaller --size.")
+    return FaceVAEError(
+        f"There is not enough space for the store '{out}': about {needed / 1e6:,.0f} MB are needed, and "
+        f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in '{folder}'. Free some, choose another --out, or a smaller --size."
+    )
 
 # %% ../../nbs/03_data/03_packing.ipynb #c0009
 def _verdict(skipped: list[Skipped], good: int, total: int, max_bad: float) -> None:
@@ -128,16 +155,24 @@ def _verdict(skipped: list[Skipped], good: int, total: int, max_bad: float) -> N
     if good and len(skipped) <= max_bad * total + 1e-9:
         return
     problem, times = Counter(bad.problem for bad in skipped).most_common(1)[0] if skipped else ("", 0)
-    many = f"{len(skipped)} of {seen} inputs cannot be packed" if good else f"None of the {seen} inputs can be packed"
+    many = (
+        f"{len(skipped)} of {seen} inputs cannot be packed"
+        if good
+        else f"None of the {seen} inputs can be packed"
+    )
     if times > 1 and times > len(skipped) / 2:
         many += f", {'all' if times == len(skipped) else f'{times} of them'} for the same reason ({problem})"
     ordered = sorted(skipped, key=lambda bad: bad.problem != problem)
-    first = "; ".join(printable(f"{bad.name}: {bad.reason}") for bad in ordered[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+    first = "; ".join(printable(f"{bad.name}: {bad.reason}") for bad in ordered[:5]) + (
+        f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    )
     remedy = "Mend or remove them"
     if good:
         allowed = min(1.0, math.ceil(100 * len(skipped) / seen) / 100)
         remedy += f", or skip them all with --max-bad {allowed:g} (allowed was {max_bad:g})"
-    raise FaceVAEError(f"{many}{' so far' if seen < total else ''}. {first or 'The source is empty'}. {remedy}.")
+    raise FaceVAEError(
+        f"{many}{' so far' if seen < total else ''}. {first or 'The source is empty'}. {remedy}."
+    )
 
 
 def _fill_splits(names: list[str], splits: list[str]) -> None:
@@ -149,15 +184,24 @@ def _fill_splits(names: list[str], splits: list[str]) -> None:
             splits[max(rows, key=lambda i: hashlib.sha256(names[i].encode()).digest())] = empty
 
 
-def _take(source: Source, out: Path, partial: Path, max_bad: float, progress: bool) -> tuple[pd.DataFrame, list[Skipped]]:
+def _take(
+    source: Source, out: Path, partial: Path, max_bad: float, progress: bool
+) -> tuple[pd.DataFrame, list[Skipped]]:
     """Write the arrays of a store; returns its index and what was skipped."""
     names, splits, attributes, skipped, seen = [], [], [], [], set()
     total, size, hashed = len(source), source.size, True
-    with (ArrayWriter(partial / "images.npy", (size, size, 3)) as images, ArrayWriter(partial / "labels.npy", (size, size)) as labels,
-          contextlib.closing(iter(source)) as items, progress_bar(total, f"packing {out.name}", "face", progress) as bar):
+    with (
+        ArrayWriter(partial / "images.npy", (size, size, 3)) as images,
+        ArrayWriter(partial / "labels.npy", (size, size)) as labels,
+        contextlib.closing(iter(source)) as items,
+        progress_bar(total, f"packing {out.name}", "face", progress) as bar,
+    ):
         for item in items:
             if isinstance(item, Faces):
-                problems = [name_problem(name) or ("its name occurs twice" if name in seen else "") for name in item.names]
+                problems = [
+                    name_problem(name) or ("its name occurs twice" if name in seen else "")
+                    for name in item.names
+                ]
                 keep = [i for i, problem in enumerate(problems) if not problem]
                 skipped += [Skipped(name, problem) for name, problem in zip(item.names, problems) if problem]
                 rows = keep if len(keep) < len(item.names) else slice(None)  # without a copy, as a rule
@@ -184,7 +228,9 @@ def _take(source: Source, out: Path, partial: Path, max_bad: float, progress: bo
     return index, skipped
 
 
-def write_store(source: Source, out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True) -> Manifest:
+def write_store(
+    source: Source, out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True
+) -> Manifest:
     """Pack a source into a store, which appears at `out` whole or not at all.
 
     source: where the faces come from. out: the directory to make. max_bad: the largest share of inputs that may be skipped,
@@ -193,9 +239,13 @@ def write_store(source: Source, out: str | Path, max_bad: float = 0.01, overwrit
     """
     out, size = Path(os.path.realpath(out)), check_size(source.size)
     if not 0 <= max_bad <= 1:
-        raise FaceVAEError(f"--max-bad is a share between 0 and 1, for example 0.01 for 1 %, not {max_bad:g}.")
+        raise FaceVAEError(
+            f"--max-bad is a share between 0 and 1, for example 0.01 for 1 %, not {max_bad:g}."
+        )
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
-        raise FaceVAEError(f"'{out}' is not a store, so --overwrite does not remove it. Choose another --out.")
+        raise FaceVAEError(
+            f"'{out}' is not a store, so --overwrite does not remove it. Choose another --out."
+        )
     needed = len(source) * (size * size * 4 + 200)
     try:
         with contextlib.ExitStack() as stack:
@@ -211,16 +261,30 @@ def write_store(source: Source, out: str | Path, max_bad: float = 0.01, overwrit
             with atomic_file(partial / "index.parquet") as file:
                 index.to_parquet(file, index=False)
             sample = np.linspace(0, len(index) - 1, min(len(index), 500)).astype(int)
-            doubt = scheme_doubts(open_array(partial / "labels.npy", (len(index), size, size))[sample], source.scheme)
-            manifest = Manifest(facevae=__version__, count=len(index), size=size, scheme=source.scheme, resize=RESIZE, source=source.describe(),
-                                sha256={name: file_digest(partial / name) for name in FILES}, notes=[*source.notes, *filter(None, [doubt])],
-                                skipped=[SkippedInput(name=printable(bad.name), reason=printable(bad.reason)) for bad in skipped])
+            doubt = scheme_doubts(
+                open_array(partial / "labels.npy", (len(index), size, size))[sample], source.scheme
+            )
+            manifest = Manifest(
+                facevae=__version__,
+                count=len(index),
+                size=size,
+                scheme=source.scheme,
+                resize=RESIZE,
+                source=source.describe(),
+                sha256={name: file_digest(partial / name) for name in FILES},
+                notes=[*source.notes, *filter(None, [doubt])],
+                skipped=[
+                    SkippedInput(name=printable(bad.name), reason=printable(bad.reason)) for bad in skipped
+                ],
+            )
             write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(out, needed) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise FaceVAEError(f"The store '{out}' cannot be written ({error.strerror}: '{error.filename}'). Choose another --out.") from None
+            raise FaceVAEError(
+                f"The store '{out}' cannot be written ({error.strerror}: '{error.filename}'). Choose another --out."
+            ) from None
         raise
     if progress:
         _tell(source.notes, manifest.skipped)
@@ -233,33 +297,22 @@ def _tell(notes: list[str], skipped: list[SkippedInput]) -> None:
     """Print what was noted and what was skipped."""
     lines = [*notes]
     if skipped:
-        lines.append(f"Skipped {len(skipped)} {'input' if len(skipped) == 1 else 'inputs'} (manifest.json lists them all):")
+        lines.append(
+            f"Skipped {len(skipped)} {'input' if len(skipped) == 1 else 'inputs'} (manifest.json lists them all):"
+        )
         lines += [f"  {bad.name}: {bad.reason}" for bad in skipped[:20]]
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
 
-# %% ../../nbs/03_data/03_packing.ipynb #c0014
-import colorsys
-import hashlib
-from functools import cached_property
-from pathlib import Path
-
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from .store import open_array
-from ..core import FaceVAEError, choices, file_digest, printable
-from .labels import CLASSES
-from .store import FILES, SPLITS, read_manifest
-
 # %% ../../nbs/03_data/03_packing.ipynb #c0015
-def pack(source: "Source", out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True) -> FaceStore:
+def pack(
+    source: "Source", out: str | Path, max_bad: float = 0.01, overwrite: bool = False, progress: bool = True
+) -> FaceStore:
     """Pack a source into a store, which appears at `out` whole or not at all, and open it.
 
     source: where the faces come from. out: the directory to make. max_bad: the largest share of inputs that may be skipped,
     0 to 1. overwrite: replace the store that is there. progress: show a bar, and list what was skipped.
     Raises FaceVAEError for an `out` that is taken, too many bad inputs, or a full disk.
     """
-    pass  # which needs pandas as well
+    # which needs pandas as well
     write_store(source, out, max_bad, overwrite, progress)
     return FaceStore(out)

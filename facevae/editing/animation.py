@@ -18,19 +18,30 @@ from torch import Tensor
 from ..core import FaceVAEError, atomic_file, choices
 
 # %% ../../nbs/12_editing/03_animation.ipynb #c0005
-def to_frames(pictures: Tensor | np.ndarray | Iterable[Image.Image], scale: int = 1, boomerang: bool = False) -> list[Image.Image]:
+def to_frames(
+    pictures: Tensor | np.ndarray | Iterable[Image.Image], scale: int = 1, boomerang: bool = False
+) -> list[Image.Image]:
     """RGB pictures of equal size.
 
     pictures: (N, 3, H, W) in [0, 1], uint8 (N, H, W, 3), or images. scale: enlarge by a whole number. boomerang: go back the way, so that the end meets the start.
     Raises FaceVAEError without pictures, or for pictures of several sizes.
     """
     if isinstance(pictures, Tensor):
-        pictures = pictures.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)
-    frames = [(one if isinstance(one, Image.Image) else Image.fromarray(one)).convert("RGB") for one in pictures]
+        pictures = (
+            pictures.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        )  # (N, H, W, 3)
+    frames = [
+        (one if isinstance(one, Image.Image) else Image.fromarray(one)).convert("RGB") for one in pictures
+    ]
     if not frames or len({frame.size for frame in frames}) > 1:
-        raise FaceVAEError(f"An animation needs pictures of one size, not {'none' if not frames else sorted({frame.size for frame in frames})}.")
+        raise FaceVAEError(
+            f"An animation needs pictures of one size, not {'none' if not frames else sorted({frame.size for frame in frames})}."
+        )
     if scale != 1:
-        frames = [frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.BICUBIC) for frame in frames]
+        frames = [
+            frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.BICUBIC)
+            for frame in frames
+        ]
     return frames + frames[-2:0:-1] if boomerang else frames
 
 
@@ -45,7 +56,15 @@ def save_gif(frames: list[Image.Image], path: str | Path, fps: float = 12) -> Pa
     palette = Image.fromarray(strip).quantize(255, method=Image.Quantize.MEDIANCUT, kmeans=2)
     drawn = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     with atomic_file(path) as partial:
-        drawn[0].save(partial, format="GIF", save_all=True, append_images=drawn[1:], duration=max(20, round(1000 / fps)), loop=0, optimize=False)
+        drawn[0].save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=drawn[1:],
+            duration=max(20, round(1000 / fps)),
+            loop=0,
+            optimize=False,
+        )
     return Path(path)
 
 
@@ -57,14 +76,22 @@ def save_mp4(frames: list[Image.Image], path: str | Path, fps: float = 12) -> Pa
     try:
         import av
     except ImportError:
-        raise FaceVAEError("Writing MP4 needs PyAV. Install it with: pip install facevae[video], or write a GIF instead.") from None
+        raise FaceVAEError(
+            "Writing MP4 needs PyAV. Install it with: pip install facevae[video], or write a GIF instead."
+        ) from None
     width, height = (side + side % 2 for side in frames[0].size)
     with atomic_file(path) as partial, av.open(str(partial), "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "18"}
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_image(frame.resize((width, height)) if frame.size != (width, height) else frame)))
+            file.mux(
+                stream.encode(
+                    av.VideoFrame.from_image(
+                        frame.resize((width, height)) if frame.size != (width, height) else frame
+                    )
+                )
+            )
         file.mux(stream.encode())
     return Path(path)
 

@@ -9,7 +9,9 @@ __all__ = ['FILE', 'LIMIT', 'PRINCIPAL', 'MOST_ROWS', 'Encoded', 'encode_store',
            'find_directions', 'find_direction']
 
 # %% ../../nbs/12_editing/02_latent_space.ipynb #c0003
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,16 +20,18 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..core import FaceVAEError, choices
+from ..core import COMPANIONS, FaceVAEError, atomic_file, choices, shipped_models
 from ..data.loader import Batches
-from ..model.vae import FaceVAE, ModelConfig
-from ..data.store import FaceStore
 from ..data.packing import pack
+from ..data.store import FaceStore
+from ..model.tensors import read_tensors, save_tensors, tensor_shape, tensors_digest
+from ..model.vae import FaceVAE, ModelConfig
 
 # %% ../../nbs/12_editing/02_latent_space.ipynb #c0006
 @dataclass(frozen=True)
 class Encoded:
     """Posteriors of some faces. names: of the pictures. mean, log_std: (N, D), on the processor."""
+
     names: list[str]
     mean: Tensor
     log_std: Tensor
@@ -37,7 +41,9 @@ class Encoded:
 
 
 @torch.inference_mode()
-def encode_store(vae: FaceVAE, store: FaceStore, split: str = "train", limit: int | None = None, batch_size: int = 64) -> Encoded:
+def encode_store(
+    vae: FaceVAE, store: FaceStore, split: str = "train", limit: int | None = None, batch_size: int = 64
+) -> Encoded:
     """The posteriors of a split's faces.
 
     vae: in evaluation mode. split: "train", "val" or "test". limit: only the first so many faces.
@@ -70,7 +76,9 @@ def sample_prior(latent_dim: int, count: int, seed: int = 0, temperature: float 
     return temperature * torch.randn(count, latent_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def sample_posterior(encoded: Encoded, count: int, seed: int = 0, kind: Literal["gaussian", "mixture"] = "gaussian") -> Tensor:
+def sample_posterior(
+    encoded: Encoded, count: int, seed: int = 0, kind: Literal["gaussian", "mixture"] = "gaussian"
+) -> Tensor:
     """Latents (count, D) from the aggregate posterior of some faces.
 
     kind: "gaussian" draws from the normal distribution with the aggregate's mean and covariance: new faces. "mixture" takes a face and draws from its
@@ -84,7 +92,9 @@ def sample_posterior(encoded: Encoded, count: int, seed: int = 0, kind: Literal[
     variance = (2 * encoded.log_std).exp()
     if kind == "mixture":
         rows = torch.randint(len(encoded), (count,), generator=rng)
-        return encoded.mean[rows] + variance[rows].sqrt() * torch.randn(count, encoded.mean.shape[1], generator=rng)
+        return encoded.mean[rows] + variance[rows].sqrt() * torch.randn(
+            count, encoded.mean.shape[1], generator=rng
+        )
     centre = encoded.mean.mean(0)
     spread = (encoded.mean - centre).double()
     covariance = spread.T @ spread / (len(encoded) - 1) + variance.mean(0).double().diag()
@@ -92,7 +102,9 @@ def sample_posterior(encoded: Encoded, count: int, seed: int = 0, kind: Literal[
     return centre + draws.float()
 
 # %% ../../nbs/12_editing/02_latent_space.ipynb #c0010
-def interpolate(start: Tensor, stop: Tensor, steps: int = 9, kind: Literal["linear", "spherical"] = "linear") -> Tensor:
+def interpolate(
+    start: Tensor, stop: Tensor, steps: int = 9, kind: Literal["linear", "spherical"] = "linear"
+) -> Tensor:
     """Latents (steps, D) from `start` to `stop`, both (D,), ends included.
 
     Raises FaceVAEError for fewer than two steps, or another kind. Between opposite or null vectors no arc is defined: the chord is taken.
@@ -120,6 +132,7 @@ class Direction:
 
     share: of the variance of the faces' latents along it, in [0, 1].
     """
+
     name: str
     vector: Tensor
     auc: float
@@ -129,10 +142,15 @@ class Direction:
 def _share(vector: Tensor, mean: Tensor) -> float:
     """The share of the latents' variance that lies along a vector."""
     spread = mean - mean.mean(0)
-    return float(((spread @ (vector / vector.norm().clamp_min(1e-12))).square().sum() / spread.square().sum().clamp_min(1e-12)))
+    return float(
+        (spread @ (vector / vector.norm().clamp_min(1e-12))).square().sum()
+        / spread.square().sum().clamp_min(1e-12)
+    )
 
 
-def attribute_direction(name: str, encoded: Encoded, has: np.ndarray, held_out: Encoded, held_out_has: np.ndarray) -> Direction:
+def attribute_direction(
+    name: str, encoded: Encoded, has: np.ndarray, held_out: Encoded, held_out_has: np.ndarray
+) -> Direction:
     """The direction of one attribute.
 
     encoded, held_out: faces to compute it from, and other faces to test it on. has, held_out_has: bool (N,), which have it.
@@ -140,37 +158,61 @@ def attribute_direction(name: str, encoded: Encoded, has: np.ndarray, held_out: 
     """
     has, held_out_has = np.array(has, bool), np.array(held_out_has, bool)
     if has.all() or not has.any():
-        raise FaceVAEError(f"{'All' if has.all() else 'None'} of the {len(has)} faces have the attribute '{name}', so it has no direction. Choose another, or encode more faces.")
+        raise FaceVAEError(
+            f"{'All' if has.all() else 'None'} of the {len(has)} faces have the attribute '{name}', so it has no direction. Choose another, or encode more faces."
+        )
     vector = encoded.mean[torch.from_numpy(has)].mean(0) - encoded.mean[torch.from_numpy(~has)].mean(0)
     along = (held_out.mean @ vector).numpy()
     auc = np.nan
     if held_out_has.any() and not held_out_has.all():
-        auc = stats.mannwhitneyu(along[held_out_has], along[~held_out_has]).statistic / (held_out_has.sum() * (~held_out_has).sum())
+        auc = stats.mannwhitneyu(along[held_out_has], along[~held_out_has]).statistic / (
+            held_out_has.sum() * (~held_out_has).sum()
+        )
     return Direction(name, vector, float(auc), _share(vector, encoded.mean))
 
 
-def attribute_directions(vae: FaceVAE, store: FaceStore, names: list[str] | None = None, limit: int | None = 5000, encoded: Encoded | None = None) -> dict[str, Direction]:
+def attribute_directions(
+    vae: FaceVAE,
+    store: FaceStore,
+    names: list[str] | None = None,
+    limit: int | None = 5000,
+    encoded: Encoded | None = None,
+) -> dict[str, Direction]:
     """Directions of a store's attributes, computed from training faces and tested on the others; those that all or none have are left out.
 
     names: of attributes (default: all). limit: at most so many faces of each split. encoded: training faces that are encoded already. Raises FaceVAEError for an attribute that the store lacks.
     """
     table = store.attributes
     if not len(table.columns):
-        raise FaceVAEError(f"The store '{store.path}' has no attributes, so it knows no directions. Pack it with a table of attributes.")
+        raise FaceVAEError(
+            f"The store '{store.path}' has no attributes, so it knows no directions. Pack it with a table of attributes."
+        )
     for name in names or ():
         if name not in table:
-            raise FaceVAEError(f"The store '{store.path}' has no attribute '{name}'. {choices(name, table.columns)}")
+            raise FaceVAEError(
+                f"The store '{store.path}' has no attribute '{name}'. {choices(name, table.columns)}"
+            )
     splits = [split for split in ("val", "test") if len(store.rows(split))]
-    found, others = encoded or encode_store(vae, store, "train", limit), [encode_store(vae, store, split, limit) for split in splits]
-    held_out = Encoded([name for part in others for name in part.names], *(torch.cat([getattr(part, key) for part in others]) if others else getattr(found, key)[:0]
-                                                                           for key in ("mean", "log_std")))
+    found, others = (
+        encoded or encode_store(vae, store, "train", limit),
+        [encode_store(vae, store, split, limit) for split in splits],
+    )
+    held_out = Encoded(
+        [name for part in others for name in part.names],
+        *(
+            torch.cat([getattr(part, key) for part in others]) if others else getattr(found, key)[:0]
+            for key in ("mean", "log_std")
+        ),
+    )
     table.index = store.index["name"]
     directions = {}
     for name in names or table.columns:
         has = table[name].loc[found.names].to_numpy()
         if names is None and (has.all() or not has.any()):
             continue
-        directions[name] = attribute_direction(name, found, has, held_out, table[name].loc[held_out.names].to_numpy() if others else has[:0])
+        directions[name] = attribute_direction(
+            name, found, has, held_out, table[name].loc[held_out.names].to_numpy() if others else has[:0]
+        )
     return directions
 
 
@@ -188,7 +230,14 @@ def principal_directions(encoded: Encoded, count: int = 10) -> list[Direction]:
     for i in range(min(count, len(singular))):
         row = rows[i] * rows[i][rows[i].abs().argmax()].sign()
         deviation = singular[i] / (len(encoded) - 1) ** 0.5
-        found.append(Direction(f"PC {i + 1}", (row * deviation).float(), np.nan, float(variance[i] / variance.sum().clamp_min(1e-12))))
+        found.append(
+            Direction(
+                f"PC {i + 1}",
+                (row * deviation).float(),
+                np.nan,
+                float(variance[i] / variance.sum().clamp_min(1e-12)),
+            )
+        )
     return found
 
 
@@ -196,27 +245,14 @@ def directions_table(directions: list[Direction]) -> pd.DataFrame:
     """Name, AUC on held-out faces, share of variance and length of each direction, those that separate best first."""
     rows = [(one.name, one.auc, one.share, float(one.vector.norm())) for one in directions]
     table = pd.DataFrame(rows, columns=["direction", "auc", "share", "length"])
-    return table.sort_values("auc", ascending=False, key=lambda auc: (auc - 0.5).abs(), kind="stable", na_position="last").reset_index(drop=True)
+    return table.sort_values(
+        "auc", ascending=False, key=lambda auc: (auc - 0.5).abs(), kind="stable", na_position="last"
+    ).reset_index(drop=True)
 
 
 def traverse(latent: Tensor, direction: Direction, amounts: Tensor | list[float]) -> Tensor:
     """Latents (N, D): a face's latent (D,) moved along a direction by each of N amounts, in its units."""
     return latent + torch.as_tensor(amounts, dtype=latent.dtype)[:, None] * direction.vector
-
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c0019
-import math
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
-
-from ..core import FaceVAEError, atomic_file, choices
-from ..model.vae import FaceVAE
-from ..core import COMPANIONS, shipped_models
-from ..data.store import FaceStore
-from ..model.tensors import read_tensors, save_tensors, tensor_shape, tensors_digest
 
 # %% ../../nbs/12_editing/02_latent_space.ipynb #c0021
 FILE = COMPANIONS[1]
@@ -230,6 +266,7 @@ class Directions:
 
     attributes: {name: direction}, in the store's order. principal: directions of largest variance, the largest first. mean: (D,), the average face.
     """
+
     attributes: dict[str, Direction]
     principal: list[Direction]
     mean: Tensor
@@ -237,14 +274,20 @@ class Directions:
     def attribute(self, name: str) -> Direction:
         """The direction of an attribute. Raises FaceVAEError for one that has none."""
         if name not in self.attributes:
-            raise FaceVAEError(f"No direction of an attribute '{name}' is known. {choices(name, self.attributes)}")
+            raise FaceVAEError(
+                f"No direction of an attribute '{name}' is known. {choices(name, self.attributes)}"
+            )
         return self.attributes[name]
 
 
 def compute_directions(vae: FaceVAE, store: FaceStore, limit: int = LIMIT) -> Directions:
     """Directions of a store's faces, from at most `limit` faces of each split. Raises FaceVAEError for a store with fewer than two training faces."""
     encoded = encode_store(vae, store, "train", limit)
-    attributes = attribute_directions(vae, store, limit=limit, encoded=encoded) if len(store.attributes.columns) else {}
+    attributes = (
+        attribute_directions(vae, store, limit=limit, encoded=encoded)
+        if len(store.attributes.columns)
+        else {}
+    )
     return Directions(attributes, principal_directions(encoded, PRINCIPAL), encoded.mean.mean(0))
 
 # %% ../../nbs/12_editing/02_latent_space.ipynb #c0023
@@ -253,8 +296,12 @@ MOST_ROWS = 4096
 
 def _origin(vae: FaceVAE, store: FaceStore | None) -> dict[str, object]:
     """What directions depend on; of any store, the weights alone."""
-    weights = tensors_digest({name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()})
-    return {"weights": weights} | ({"store": store.fingerprint, "limit": LIMIT, "principal": PRINCIPAL} if store else {})
+    weights = tensors_digest(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in vae.state_dict().items()}
+    )
+    return {"weights": weights} | (
+        {"store": store.fingerprint, "limit": LIMIT, "principal": PRINCIPAL} if store else {}
+    )
 
 
 def save_directions(path: str | Path, directions: Directions, vae: FaceVAE, store: FaceStore) -> None:
@@ -262,8 +309,11 @@ def save_directions(path: str | Path, directions: Directions, vae: FaceVAE, stor
     rows = [*directions.attributes.values(), *directions.principal]
     known = [[one.name, None if math.isnan(one.auc) else one.auc, one.share] for one in rows]
     with atomic_file(path) as partial:
-        save_tensors(partial, {"vectors": torch.stack([*(one.vector for one in rows), directions.mean])},
-                     {"origin": _origin(vae, store), "attributes": len(directions.attributes), "known": known})
+        save_tensors(
+            partial,
+            {"vectors": torch.stack([*(one.vector for one in rows), directions.mean])},
+            {"origin": _origin(vae, store), "attributes": len(directions.attributes), "known": known},
+        )
 
 
 def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = None) -> Directions | None:
@@ -273,20 +323,26 @@ def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = No
     """
     try:
         count = min(tensor_shape(path, "vectors")[0], MOST_ROWS)
-        tensors, facts = read_tensors(path, {"vectors": torch.zeros(count, vae.config.latent_dim)}, "", digest=True)
+        tensors, facts = read_tensors(
+            path, {"vectors": torch.zeros(count, vae.config.latent_dim)}, "", digest=True
+        )
         origin = facts["origin"] if store else {"weights": facts["origin"]["weights"]}
         if origin != _origin(vae, store) or not tensors["vectors"].isfinite().all():
             return None
         *vectors, mean = tensors["vectors"]
-        found = [Direction(str(name), vector, np.nan if auc is None else float(auc), float(share))
-                 for (name, auc, share), vector in zip(facts["known"], vectors, strict=True)]
-        attributes = found[:int(facts["attributes"])]
-        return Directions({one.name: one for one in attributes}, found[len(attributes):], mean)
+        found = [
+            Direction(str(name), vector, np.nan if auc is None else float(auc), float(share))
+            for (name, auc, share), vector in zip(facts["known"], vectors, strict=True)
+        ]
+        attributes = found[: int(facts["attributes"])]
+        return Directions({one.name: one for one in attributes}, found[len(attributes) :], mean)
     except (FaceVAEError, KeyError, TypeError, ValueError, IndexError):
         return None
 
 # %% ../../nbs/12_editing/02_latent_space.ipynb #c0025
-def find_directions(vae: FaceVAE, store: FaceStore | None = None, path: str | Path | None = None) -> Directions:
+def find_directions(
+    vae: FaceVAE, store: FaceStore | None = None, path: str | Path | None = None
+) -> Directions:
     """The directions of a model: from a file when it fits, otherwise computed from a store, and kept.
 
     path: the file (default: beside the weights that the model was read from, if it was). store: None takes those in the file.
@@ -297,7 +353,9 @@ def find_directions(vae: FaceVAE, store: FaceStore | None = None, path: str | Pa
     if known:
         return known
     if store is None:
-        raise FaceVAEError(f"No directions are known of this model{f' (in {file})' if file else ''}. Give a store with --data, or store=, such as the one that it was trained on.")
+        raise FaceVAEError(
+            f"No directions are known of this model{f' (in {file})' if file else ''}. Give a store with --data, or store=, such as the one that it was trained on."
+        )
     known = compute_directions(vae, store)
     if file and file.parent not in shipped_models().values():
         try:
@@ -309,17 +367,23 @@ def find_directions(vae: FaceVAE, store: FaceStore | None = None, path: str | Pa
     return known
 
 
-def find_direction(name: str, vae: FaceVAE, store: FaceStore | None = None, path: str | Path | None = None) -> Direction:
+def find_direction(
+    name: str, vae: FaceVAE, store: FaceStore | None = None, path: str | Path | None = None
+) -> Direction:
     """The direction of an attribute; store and path as for `find_directions`.
 
     Raises FaceVAEError for an attribute that the store lacks, or that all or none of its faces have.
     """
     names = list(store.attributes.columns) if store else []
     if store and not names:
-        raise FaceVAEError(f"The store '{store.path}' has no attributes, so it knows no directions. Pack it with a table of attributes.")
+        raise FaceVAEError(
+            f"The store '{store.path}' has no attributes, so it knows no directions. Pack it with a table of attributes."
+        )
     if store and name not in names:
         raise FaceVAEError(f"The store '{store.path}' has no attribute '{name}'. {choices(name, names)}")
     known = find_directions(vae, store, path)
     if store and name not in known.attributes:
-        raise FaceVAEError(f"All or none of the encoded training faces of '{store.path}' have the attribute '{name}', so it has no direction. {choices(name, known.attributes)}")
+        raise FaceVAEError(
+            f"All or none of the encoded training faces of '{store.path}' have the attribute '{name}', so it has no direction. {choices(name, known.attributes)}"
+        )
     return known.attribute(name)

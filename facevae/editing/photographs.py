@@ -14,14 +14,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .align import align, paste_face
 from ..core import FaceVAEError, atomic_file, progress_bar
-from ..model.vae import FaceVAE
+from .align import align, paste_face
 from ..model.inference import Reconstruction, read_photograph, reconstruct
+from ..model.vae import FaceVAE
 
 # %% ../../nbs/12_editing/01_photographs.ipynb #c0004
 class Prepared(NamedTuple):
     """A photograph, and what of it a model sees."""
+
     photograph: Image.Image
     crop: Image.Image  # the photograph itself when it is not aligned
     matrix: np.ndarray | None  # (2, 3), from the photograph to the crop; None when it is not aligned
@@ -49,8 +50,13 @@ def prepare(path: str | Path, aligned: bool = True, landmarks: np.ndarray | None
     return Prepared(photograph, crop, matrix)
 
 
-def reconstruct_photograph(vae: FaceVAE, path: str | Path, aligned: bool = True, landmarks: np.ndarray | None = None,
-                           shift: Tensor | None = None) -> tuple[Reconstruction, Image.Image | None]:
+def reconstruct_photograph(
+    vae: FaceVAE,
+    path: str | Path,
+    aligned: bool = True,
+    landmarks: np.ndarray | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Reconstruction, Image.Image | None]:
     """What a model makes of a face in a photograph, and the photograph with that in it.
 
     aligned, landmarks: as for `prepare`. shift: (latent_dim,), added to the latents. Raises FaceVAEError for a file that cannot be read or holds no face.
@@ -68,14 +74,26 @@ def find_photographs(paths: Iterable[str | Path], out: str | Path) -> dict[Path,
     """{picture: its result} for pictures and folders of pictures. Raises FaceVAEError for an empty or missing folder, and for two pictures of one result."""
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()) if path.is_dir() else [path]
+        files = (
+            sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if path.is_dir()
+            else [path]
+        )
         if not files:
-            raise FaceVAEError(f"The folder '{path}' holds no pictures. Name one with {', '.join(sorted(SUFFIXES))} files.")
-        found |= {file: Path(out) / (file.relative_to(path).with_suffix(".png") if path.is_dir() else f"{file.stem}.png") for file in files}
+            raise FaceVAEError(
+                f"The folder '{path}' holds no pictures. Name one with {', '.join(sorted(SUFFIXES))} files."
+            )
+        found |= {
+            file: Path(out)
+            / (file.relative_to(path).with_suffix(".png") if path.is_dir() else f"{file.stem}.png")
+            for file in files
+        }
     taken: dict[Path, Path] = {}
     for file, target in found.items():
         if target in taken:
-            raise FaceVAEError(f"'{taken[target]}' and '{file}' have the same name, and their results would overwrite each other. Rename one.")
+            raise FaceVAEError(
+                f"'{taken[target]}' and '{file}' have the same name, and their results would overwrite each other. Rename one."
+            )
         taken[target] = file
     return found
 
@@ -88,11 +106,18 @@ def _save(image: Image.Image, path: Path) -> Path:
 
 def _groups(items: list, size: int) -> Iterator[list]:
     for start in range(0, len(items), size):
-        yield items[start:start + size]
+        yield items[start : start + size]
 
 
-def reconstruct_files(vae: FaceVAE, paths: Iterable[str | Path], out: str | Path, aligned: bool = False, landmarks: np.ndarray | None = None,
-                      batch_size: int = 16, progress: bool = False) -> list[Path]:
+def reconstruct_files(
+    vae: FaceVAE,
+    paths: Iterable[str | Path],
+    out: str | Path,
+    aligned: bool = False,
+    landmarks: np.ndarray | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Path]:
     """Write OUT/NAME.png, original, reconstruction, mask and composite side by side, for each picture; returns the written paths.
 
     Of aligned pictures also OUT/NAME-photograph.png, the photograph with the reconstruction in it.
@@ -112,9 +137,13 @@ def reconstruct_files(vae: FaceVAE, paths: Iterable[str | Path], out: str | Path
             for (target, prepared), result in zip(ready, results):
                 written.append(_save(result.side_by_side(), target))
                 if prepared.matrix is not None:
-                    written.append(_save(prepared.paste(result), target.with_name(f"{target.stem}{PASTED}.png")))
+                    written.append(
+                        _save(prepared.paste(result), target.with_name(f"{target.stem}{PASTED}.png"))
+                    )
             bar.update(len(group))
     if problems:
         count = f"{len(problems)} of {len(found)} pictures could not be used. " if len(found) > 1 else ""
-        raise FaceVAEError(count + " ".join(problems[:5]) + (f" And {len(problems) - 5} more." if len(problems) > 5 else ""))
+        raise FaceVAEError(
+            count + " ".join(problems[:5]) + (f" And {len(problems) - 5} more." if len(problems) > 5 else "")
+        )
     return written

@@ -17,19 +17,40 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
-from ..editing.animation import save_gif, to_frames
 from ..core import FaceVAEError, atomic_file
-from .state import Face, LiveFaces, StoredFaces, uploaded_face
-from .state import ExploredModel, as_png, best_first, explored_directions, on_white, shown
-from .widgets import REACH, STYLE, DirectionSliders, PictureRow, Said, classed, download_link, heading, spoken
-from ..editing.latent_space import interpolate
-from ..model.vae import FaceVAE
-from ..model.inference import joined
 from ..data.store import FaceStore
+from ..editing.animation import save_gif, to_frames
+from ..editing.latent_space import interpolate
+from facevae.explore.state import (
+    ExploredModel,
+    Face,
+    LiveFaces,
+    StoredFaces,
+    as_png,
+    best_first,
+    explored_directions,
+    on_white,
+    shown,
+    uploaded_face,
+)
+from facevae.explore.widgets import (
+    REACH,
+    STYLE,
+    DirectionSliders,
+    PictureRow,
+    Said,
+    classed,
+    download_link,
+    heading,
+    spoken,
+)
+from ..model.inference import joined
+from ..model.vae import FaceVAE
 
 # %% ../../nbs/13_explore/02_explorer.ipynb #c0005
 def answered(method: Callable) -> Callable:
     """A method of an explorer whose errors become messages in it."""
+
     @functools.wraps(method)
     def call(self, *args):
         try:
@@ -38,6 +59,7 @@ def answered(method: Callable) -> Callable:
             self.said.complain(str(error))
         except Exception as error:  # a page has no other place for it
             self.said.complain(f"This did not work ({type(error).__name__}: {error}).")
+
     return call
 
 # %% ../../nbs/13_explore/02_explorer.ipynb #c0007
@@ -47,23 +69,75 @@ class Controls:
     def __init__(self, splits: dict[str, int]):
         first = next(iter(splits))
         button = lambda text, tip: widgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
-        self.split = widgets.Dropdown(options=list(splits), value=first, description="Faces", tooltip="Which faces to choose from", layout={"width": "170px"},
-                                      style={"description_width": "45px"})
-        self.number = widgets.IntSlider(0, 0, splits[first] - 1, description="Number", tooltip="Number of the face", layout={"width": "330px"}, style={"description_width": "55px"})
-        self.previous, self.next, self.random = (button(text, tip) for text, tip in (("Previous", "Previous face"), ("Next", "Next face"), ("Random", "Any face")))
-        self.upload = widgets.FileUpload(accept=".jpg,.jpeg,.png,.webp,.bmp", description="Upload a picture", tooltip="A photograph of yours, which stays on this machine",
-                                         layout={"width": "auto"})
-        self.align = widgets.Checkbox(True, description="find and align its face", indent=False, layout={"width": "auto"})
+        self.split = widgets.Dropdown(
+            options=list(splits),
+            value=first,
+            description="Faces",
+            tooltip="Which faces to choose from",
+            layout={"width": "170px"},
+            style={"description_width": "45px"},
+        )
+        self.number = widgets.IntSlider(
+            0,
+            0,
+            splits[first] - 1,
+            description="Number",
+            tooltip="Number of the face",
+            layout={"width": "330px"},
+            style={"description_width": "55px"},
+        )
+        self.previous, self.next, self.random = (
+            button(text, tip)
+            for text, tip in (("Previous", "Previous face"), ("Next", "Next face"), ("Random", "Any face"))
+        )
+        self.upload = widgets.FileUpload(
+            accept=".jpg,.jpeg,.png,.webp,.bmp",
+            description="Upload a picture",
+            tooltip="A photograph of yours, which stays on this machine",
+            layout={"width": "auto"},
+        )
+        self.align = widgets.Checkbox(
+            True, description="find and align its face", indent=False, layout={"width": "auto"}
+        )
         self.set_a, self.set_b = (button(f"Set {end}", f"Take this face as face {end}") for end in "AB")
-        self.between = widgets.FloatSlider(0, min=0, max=1, step=0.02, description="A to B", tooltip="How far from face A to face B", disabled=True, layout={"width": "330px"},
-                                           style={"description_width": "50px"})
-        self.kind = widgets.Dropdown(options=["linear", "spherical"], description="Way", tooltip="A straight line, or an arc", layout={"width": "160px"}, style={"description_width": "35px"})
-        self.png, self.gif = button("Save PNG", "All pictures side by side"), button("Save GIF", "What the slider moved last does from end to end, or the way from A to B")
+        self.between = widgets.FloatSlider(
+            0,
+            min=0,
+            max=1,
+            step=0.02,
+            description="A to B",
+            tooltip="How far from face A to face B",
+            disabled=True,
+            layout={"width": "330px"},
+            style={"description_width": "50px"},
+        )
+        self.kind = widgets.Dropdown(
+            options=["linear", "spherical"],
+            description="Way",
+            tooltip="A straight line, or an arc",
+            layout={"width": "160px"},
+            style={"description_width": "35px"},
+        )
+        self.png, self.gif = (
+            button("Save PNG", "All pictures side by side"),
+            button("Save GIF", "What the slider moved last does from end to end, or the way from A to B"),
+        )
         self.link = classed(widgets.HTML(), "fv-link")
         bar = lambda *children: classed(widgets.Box(children), "fv-bar")
-        self.choose = widgets.VBox([bar(self.split, self.number, self.previous, self.next, self.random), bar(self.upload, self.align)])
-        self.use = widgets.VBox([heading("From one face to another", "set faces A and B, then move from A to B"), bar(self.set_a, self.set_b, self.between, self.kind),
-                                 heading("Save", "the pictures as they are, or the way of the slider that was moved last"), bar(self.png, self.gif, self.link)])
+        self.choose = widgets.VBox(
+            [
+                bar(self.split, self.number, self.previous, self.next, self.random),
+                bar(self.upload, self.align),
+            ]
+        )
+        self.use = widgets.VBox(
+            [
+                heading("From one face to another", "set faces A and B, then move from A to B"),
+                bar(self.set_a, self.set_b, self.between, self.kind),
+                heading("Save", "the pictures as they are, or the way of the slider that was moved last"),
+                bar(self.png, self.gif, self.link),
+            ]
+        )
 
 # %% ../../nbs/13_explore/02_explorer.ipynb #c0009
 STEPS = 51  # places from A to B
@@ -77,20 +151,37 @@ class LatentExplorer(widgets.VBox):
     attributes, principal: at most so many sliders of each.
     """
 
-    def __init__(self, vae: FaceVAE, store: FaceStore | None = None, other: FaceVAE | None = None, folder: str | Path | None = None,
-                 names: tuple[str, str] = ("model", "second model"), attributes: int = 10, principal: int = 6):
+    def __init__(
+        self,
+        vae: FaceVAE,
+        store: FaceStore | None = None,
+        other: FaceVAE | None = None,
+        folder: str | Path | None = None,
+        names: tuple[str, str] = ("model", "second model"),
+        attributes: int = 10,
+        principal: int = 6,
+    ):
         self.faces = StoredFaces(store) if store is not None else LiveFaces(max(vae.config.size, 72))
         self.folder, self.ends, self.seconds, self._quiet = folder and Path(folder), {}, 0.0, False
         found = [explored_directions(one, store) for one in filter(None, (vae, other))]
-        self.models = [ExploredModel(one, name, directions) for one, name, (directions, _) in zip(filter(None, (vae, other)), names, found)]
+        self.models = [
+            ExploredModel(one, name, directions)
+            for one, name, (directions, _) in zip(filter(None, (vae, other)), names, found)
+        ]
         first = found[0][0]
-        self.sliders = DirectionSliders([first.attributes[name] for name in best_first(first.attributes)[:attributes]], first.principal[:principal], self._moved)
+        self.sliders = DirectionSliders(
+            [first.attributes[name] for name in best_first(first.attributes)[:attributes]],
+            first.principal[:principal],
+            self._moved,
+        )
         self.rows = [PictureRow(model.name, model.vae.config.mask_decoder) for model in self.models]
         self.controls, self.said = Controls(self.faces.splits), Said()
         notes = list(dict.fromkeys(note for _, note in found if note))
         if other is not None:
             absent = [spoken(name) for name in self.sliders.sliders if name not in self.models[1].directions]
-            notes.append(f"The second model moves along its own directions of the same names{', and has none for ' + ', '.join(absent) if absent else ''}.")
+            notes.append(
+                f"The second model moves along its own directions of the same names{', and has none for ' + ', '.join(absent) if absent else ''}."
+            )
         self.note = " ".join(notes)
         self._connect()
         view = classed(widgets.VBox([*self.rows, self.controls.use]), "fv-view")
@@ -126,7 +217,9 @@ class LatentExplorer(widgets.VBox):
 
     def _step(self, step: int | None, _=None) -> None:
         count = self.controls.number.max + 1
-        self.controls.number.value = random.randrange(count) if step is None else (self.controls.number.value + step) % count
+        self.controls.number.value = (
+            random.randrange(count) if step is None else (self.controls.number.value + step) % count
+        )
 
     @answered
     def _pick(self, _=None) -> None:
@@ -148,7 +241,12 @@ class LatentExplorer(widgets.VBox):
         self.means = [model.encode(face.image) for model in self.models]
         self._interpolating = False
         self._draw()
-        self.said.tell(face.told, f"{face.remark}{'' if face.remark.endswith('.') else '.'} {self.note}" if face.remark else self.note)
+        self.said.tell(
+            face.told,
+            f"{face.remark}{'' if face.remark.endswith('.') else '.'} {self.note}"
+            if face.remark
+            else self.note,
+        )
 
     # Pictures
 
@@ -172,7 +270,10 @@ class LatentExplorer(widgets.VBox):
         """Compute and show what the controls say."""
         started = time.perf_counter()
         for index, (model, row) in enumerate(zip(self.models, self.rows)):
-            row.show(model.pictures(self._latents(index)[None], self.original)[0], "A and B, cross-faded" if self._interpolating else "original")
+            row.show(
+                model.pictures(self._latents(index)[None], self.original)[0],
+                "A and B, cross-faded" if self._interpolating else "original",
+            )
         self.seconds = time.perf_counter() - started
 
     # From A to B
@@ -184,7 +285,12 @@ class LatentExplorer(widgets.VBox):
         self.ends[end] = (self.original, self.means)
         ready = len(self.ends) == 2
         self.controls.between.disabled = not ready
-        self.said.tell(f"Face {end} is set.", "Move the slider from A to B." if ready else f"Choose another face and set {'B' if end == 'A' else 'A'}.")
+        self.said.tell(
+            f"Face {end} is set.",
+            "Move the slider from A to B."
+            if ready
+            else f"Choose another face and set {'B' if end == 'A' else 'A'}.",
+        )
 
     @answered
     def _go_between(self, _=None) -> None:
@@ -192,7 +298,9 @@ class LatentExplorer(widgets.VBox):
             return
         (a, _), (b, _) = self.ends["A"], self.ends["B"]
         self._interpolating = True
-        self.original = Image.blend(a, b.resize(a.size, Image.Resampling.BICUBIC), self.controls.between.value)
+        self.original = Image.blend(
+            a, b.resize(a.size, Image.Resampling.BICUBIC), self.controls.between.value
+        )
         self._draw()
         self.said.tell(f"{self.controls.between.value:.0%} of the way from A to B.")
 
@@ -203,7 +311,11 @@ class LatentExplorer(widgets.VBox):
             with atomic_file(self.folder / name) as partial:
                 partial.write_bytes(data)
         self.controls.link.value = download_link(data, name)
-        self.said.tell(f"Saved '{self.folder / name}'." if self.folder else f"{name} is ready: use the link beside the buttons.")
+        self.said.tell(
+            f"Saved '{self.folder / name}'."
+            if self.folder
+            else f"{name} is ready: use the link beside the buttons."
+        )
 
     @answered
     def _save_png(self, _=None) -> None:
@@ -214,18 +326,37 @@ class LatentExplorer(widgets.VBox):
         frames, name = self.frames()
         self.said.tell("Making the GIF …")
         with tempfile.TemporaryDirectory() as folder:
-            self._offer(save_gif(to_frames(frames, boomerang=True), Path(folder) / "film.gif").read_bytes(), name)
+            self._offer(
+                save_gif(to_frames(frames, boomerang=True), Path(folder) / "film.gif").read_bytes(), name
+            )
 
     def frames(self) -> tuple[list[Image.Image], str]:
         """The pictures of the GIF, of all models side by side, and its name. Raises FaceVAEError when nothing was moved yet."""
         if self._interpolating:
-            ways, name = [self._way(index)[::2] + model.shift(self.sliders.amounts) for index, model in enumerate(self.models)], "interpolation.gif"
+            ways, name = (
+                [
+                    self._way(index)[::2] + model.shift(self.sliders.amounts)
+                    for index, model in enumerate(self.models)
+                ],
+                "interpolation.gif",
+            )
         elif self.sliders.last:
             moved = self.sliders.last
-            amounts = [{**self.sliders.amounts, moved: amount} for amount in torch.linspace(-REACH, REACH, 25).tolist()]
-            ways = [torch.stack([mean + model.shift(one) for one in amounts]) for model, mean in zip(self.models, self.means)]
+            amounts = [
+                {**self.sliders.amounts, moved: amount}
+                for amount in torch.linspace(-REACH, REACH, 25).tolist()
+            ]
+            ways = [
+                torch.stack([mean + model.shift(one) for one in amounts])
+                for model, mean in zip(self.models, self.means)
+            ]
             name = f"{''.join(c if c.isalnum() else '_' for c in moved)}.gif"
         else:
-            raise FaceVAEError("A GIF shows what a slider does. Move one first, or set faces A and B and move from one to the other.")
-        films = [[on_white(one) for one in model.pictures(way, self.original)] for model, way in zip(self.models, ways)]
+            raise FaceVAEError(
+                "A GIF shows what a slider does. Move one first, or set faces A and B and move from one to the other."
+            )
+        films = [
+            [on_white(one) for one in model.pictures(way, self.original)]
+            for model, way in zip(self.models, ways)
+        ]
         return [joined(images) for images in zip(*films)], name

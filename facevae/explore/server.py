@@ -19,14 +19,12 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import psutil
 import typer
 
-from ..core import FaceVAEError, printable
-from ..core import notebook_path
-from ..core import DEFAULT
+from ..core import DEFAULT, FaceVAEError, notebook_path
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0005
 def short_name(model: str) -> str:
@@ -38,8 +36,10 @@ def short_name(model: str) -> str:
 def open_models(model: str, data: str = "", compare: str = "") -> tuple[Any, Any, Any]:
     """The model, the store or None, and the second model or None. Raises FaceVAEError for what cannot be opened."""
     import torch
-    from facevae.model.vae import FaceVAE
+
     from facevae.data.store import FaceStore
+    from facevae.model.vae import FaceVAE
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae, other = (FaceVAE.from_pretrained(one).to(device) if one else None for one in (model, compare))
     return vae, FaceStore(data) if data else None, other
@@ -52,12 +52,17 @@ def open_explorer(model: str, data: str = "", compare: str = "", folder: str | P
     Raises FaceVAEError for what cannot be opened.
     """
     from facevae.explore.explorer import LatentExplorer
+
     vae, store, other = open_models(model, data, compare)
-    return LatentExplorer(vae, store, other, folder, (short_name(model), short_name(compare) if compare else ""))
+    return LatentExplorer(
+        vae, store, other, folder, (short_name(model), short_name(compare) if compare else "")
+    )
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0008
-POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-          "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'")
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
 LARGEST_UPLOAD = 128 * 2**20  # bytes
 FORGOTTEN = 1800  # seconds after which the kernel of a page ends that vanished without a farewell
 
@@ -65,19 +70,25 @@ FORGOTTEN = 1800  # seconds after which the kernel of a page ends that vanished 
 def listen(port: int) -> socket.socket:
     """A socket on 127.0.0.1 alone. port: 0 for any that is free. Raises FaceVAEError when it is taken."""
     from tornado.netutil import bind_sockets
+
     try:
         return bind_sockets(port, "127.0.0.1")[0]
     except OSError as error:
-        raise FaceVAEError(f"Port {port} cannot be used ({error.strerror or error}). Choose another --port, or leave it out.") from None
+        raise FaceVAEError(
+            f"Port {port} cannot be used ({error.strerror or error}). Choose another --port, or leave it out."
+        ) from None
 
 
 def with_parameters(notebook, parameters: dict[str, str]):
     """A notebook with values for its parameters cell, as papermill sets them, and a title for the browser."""
     from papermill.parameterize import parameterize_notebook
+
     for cell in notebook.cells:  # papermill looks for its tag in each
         cell.metadata.setdefault("tags", [])
     notebook.metadata.setdefault("papermill", {})
-    notebook = parameterize_notebook(notebook, parameters, report_mode=True, kernel_name="python3", language="python")
+    notebook = parameterize_notebook(
+        notebook, parameters, report_mode=True, kernel_name="python3", language="python"
+    )
     notebook.metadata["title"] = "facevae: explore a model of faces"
     return notebook
 
@@ -92,20 +103,27 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
         from voila.app import Voila
         from voila.shutdown_kernel_handler import VoilaShutdownKernelHandler
     except ImportError as error:
-        raise FaceVAEError(f"The explorer's page needs a package that is not installed ({error.name} is missing). Install it with: pip install facevae[explore], or open "
-                           "the widget in JupyterLab: facevae.explore.explorer.LatentExplorer.") from None
+        raise FaceVAEError(
+            f"The explorer's page needs a package that is not installed ({error.name} is missing). Install it with: pip install facevae[explore], or open "
+            "the widget in JupyterLab: facevae.explore.explorer.LatentExplorer."
+        ) from None
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_server import DEFAULT_STATIC_FILES_PATH
     from tornado.httpserver import HTTPServer
     from tornado.ioloop import IOLoop
     from tornado.web import HTTPError
+
     port = bound.getsockname()[1]
 
     class ThisPython(KernelSpecManager):
         """The kernel is this Python, whatever kernels the machine has registered under the notebook's name."""
 
         def get_kernel_spec(self, kernel_name):
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name=kernel_name, language="python")
+            return KernelSpec(
+                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                display_name=kernel_name,
+                language="python",
+            )
 
     class EndKernel(VoilaShutdownKernelHandler):
         """A page's farewell. Voilà sends it without the token against forged requests, and refuses it then; the origin, which a browser does not let pages forge, serves as well."""
@@ -125,7 +143,9 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
             server.add_sockets([bound])
             self.ioloop = IOLoop.current()
             self.ioloop.add_callback(started, f"http://127.0.0.1:{port}/?token={token}")
-            before = signal.signal(signal.SIGINT, self._handle_signal_stop)  # as an exception it could hit anything
+            before = signal.signal(
+                signal.SIGINT, self._handle_signal_stop
+            )  # as an exception it could hit anything
             try:
                 self.ioloop.start()
             finally:
@@ -145,15 +165,33 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str, st
             shutil.rmtree(self.connection_dir, ignore_errors=True)
 
     headers = {"Content-Security-Policy": POLICY.format(port=port), "Referrer-Policy": "no-referrer"}
-    page = Page(notebook_path=str(notebook_path("explore")), ip="127.0.0.1", port=port, token=token, config_file_paths=[], log_level="ERROR", open_browser=False,
-                tornado_settings={"allow_remote_access": False, "headers": headers, "websocket_max_message_size": LARGEST_UPLOAD, "static_path": DEFAULT_STATIC_FILES_PATH})
-    logging.getLogger("tornado.general").setLevel(logging.ERROR)  # the server's ping intervals, which no user chose
+    page = Page(
+        notebook_path=str(notebook_path("explore")),
+        ip="127.0.0.1",
+        port=port,
+        token=token,
+        config_file_paths=[],
+        log_level="ERROR",
+        open_browser=False,
+        tornado_settings={
+            "allow_remote_access": False,
+            "headers": headers,
+            "websocket_max_message_size": LARGEST_UPLOAD,
+            "static_path": DEFAULT_STATIC_FILES_PATH,
+        },
+    )
+    logging.getLogger("tornado.general").setLevel(
+        logging.ERROR
+    )  # the server's ping intervals, which no user chose
     if os.name == "posix":  # kernels talk through files of this user instead of ports
         page.config.KernelManager.transport = "ipc"
     page.initialize([])
     page.config.MappingKernelManager.cull_idle_timeout = FORGOTTEN
     settings = page.voila_configuration
-    settings.extension_allowlist = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"]
+    settings.extension_allowlist = [
+        "@jupyter-widgets/jupyterlab-manager",
+        "@voila-dashboards/widgets-manager8",
+    ]
     settings.allow_template_override = settings.allow_theme_override = "NO"
     settings.kernel_spec_manager_class = ThisPython
     settings.prelaunch_hook = lambda request, notebook, cwd: with_parameters(notebook, parameters)
@@ -166,6 +204,7 @@ def check(parameters: dict[str, str]) -> None:
     Raises FaceVAEError for what cannot be opened.
     """
     from facevae.editing.latent_space import find_directions
+
     vae, store, other = open_models(**parameters)
     for one in filter(None, (vae, other)):
         try:
@@ -176,14 +215,38 @@ def check(parameters: dict[str, str]) -> None:
                 find_directions(one, store)
 
 
-def explore(model: Annotated[str, typer.Argument(help="A model: the model/ folder of a run, drawn-faces, which ships with facevae, or a hub id.")] = DEFAULT,
-            data: Annotated[Optional[Path], typer.Option("--data", help="A store, to choose faces from. [default: faces are drawn]")] = None,
-            compare: Annotated[Optional[str], typer.Option("--compare", metavar="MODEL", help="A second model, shown below the first.")] = None,
-            port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where the page is served on this machine; 0 for any free port.")] = 8866,
-            browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only say where it is.")] = True):
+def explore(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model: the model/ folder of a run, drawn-faces, which ships with facevae, or a hub id."
+        ),
+    ] = DEFAULT,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A store, to choose faces from. [default: faces are drawn]")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="MODEL", help="A second model, shown below the first.")
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", min=0, max=65535, help="Where the page is served on this machine; 0 for any free port."
+        ),
+    ] = 8866,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the page, or only say where it is.")
+    ] = True,
+):
     """Explore a model in the browser: pick or upload a face, move it, compare, interpolate, save. Only this machine can open the page; Ctrl-C ends it."""
-    local = lambda name: str(Path(name).absolute()) if name and Path(name).exists() else name or ""  # kernels start elsewhere
-    parameters = {"model": local(model), "data": str(data.absolute()) if data else "", "compare": local(compare)}
+    local = lambda name: (
+        str(Path(name).absolute()) if name and Path(name).exists() else name or ""
+    )  # kernels start elsewhere
+    parameters = {
+        "model": local(model),
+        "data": str(data.absolute()) if data else "",
+        "compare": local(compare),
+    }
 
     def started(address: str) -> None:
         typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")

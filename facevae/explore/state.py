@@ -7,23 +7,39 @@ __all__ = ['DRAWN_SEED', 'DRAWN', 'SHOWN', 'Face', 'Faces', 'StoredFaces', 'Live
            'explored_directions', 'best_first', 'shown', 'ExploredModel', 'as_jpeg', 'as_png', 'on_white']
 
 # %% ../../nbs/13_explore/00_state.ipynb #c0003
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import pandas as pd
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from ..editing.align import align
 from ..core import FaceVAEError
 from ..data.images import UnusableInput, open_picture, to_rgb
 from ..data.store import FaceStore
+from ..editing.align import align
+from facevae.editing.latent_space import (
+    Direction,
+    Directions,
+    Encoded,
+    attribute_direction,
+    directions_table,
+    find_directions,
+    principal_directions,
+)
+from ..model.inference import Reconstruction, decode_pictures, encode_pictures, evaluating
+from ..model.vae import FaceVAE
 from ..synthetic.render import draw_faces
 
 # %% ../../nbs/13_explore/00_state.ipynb #c0004
 @dataclass(frozen=True)
 class Face:
     """A face to explore. image: RGB, of any size. told: what it is, in a few words. remark: more about it, may be empty."""
+
     image: Image.Image
     told: str
     remark: str = ""
@@ -31,6 +47,7 @@ class Face:
 
 class Faces(Protocol):
     """Where faces come from. splits: {name: number of faces}, none of them empty."""
+
     splits: dict[str, int]
 
     def face(self, split: str, number: int) -> Face:
@@ -52,7 +69,11 @@ class StoredFaces:
     def face(self, split: str, number: int) -> Face:
         row = int(self._rows[split][number])
         name = self.store.index["name"].iloc[row]
-        return Face(Image.fromarray(self.store.images[row].copy()), f"Face {number} of {self.splits[split]} ({split}): {name}", _traits(self.store.attributes.iloc[row]))
+        return Face(
+            Image.fromarray(self.store.images[row].copy()),
+            f"Face {number} of {self.splits[split]} ({split}): {name}",
+            _traits(self.store.attributes.iloc[row]),
+        )
 
 
 DRAWN_SEED, DRAWN = 20_211_202, 10_000
@@ -66,7 +87,11 @@ class LiveFaces:
 
     def face(self, split: str, number: int) -> Face:
         drawn = draw_faces([number], seed=DRAWN_SEED, size=self.size)
-        return Face(Image.fromarray(drawn.images[0].numpy()), f"Drawn face {number}", _traits(drawn.attributes.iloc[0]))
+        return Face(
+            Image.fromarray(drawn.images[0].numpy()),
+            f"Drawn face {number}",
+            _traits(drawn.attributes.iloc[0]),
+        )
 
 # %% ../../nbs/13_explore/00_state.ipynb #c0010
 def uploaded_face(content: bytes, name: str, aligned: bool = True) -> Face:
@@ -80,7 +105,9 @@ def uploaded_face(content: bytes, name: str, aligned: bool = True) -> Face:
         with open_picture(Path(name), data=bytes(content)) as image:
             photograph = to_rgb(ImageOps.exif_transpose(image))
     except UnusableInput as error:
-        raise FaceVAEError(f"'{name}' cannot be used: {error.problem}. Give a JPEG, PNG, WebP or BMP picture.") from None
+        raise FaceVAEError(
+            f"'{name}' cannot be used: {error.problem}. Give a JPEG, PNG, WebP or BMP picture."
+        ) from None
     except Exception:  # decoders fail in every way there is
         raise FaceVAEError(f"'{name}' is damaged. Give a whole picture.") from None
     if not aligned:
@@ -88,24 +115,16 @@ def uploaded_face(content: bytes, name: str, aligned: bool = True) -> Face:
     try:
         return Face(align(photograph)[0], name, "Aligned by the face that was found in it.")
     except FaceVAEError as error:
-        reason = "No face was found in it" if "No face" in str(error) else "Finding faces needs facevae[align], which is not installed"
-        return Face(photograph, name, f"{reason}: it is taken as it is, as if it were cut out like the faces that the model knows.")
-
-# %% ../../nbs/13_explore/00_state.ipynb #c0015
-import io
-from collections.abc import Mapping
-
-import torch
-from PIL import Image
-from torch import Tensor
-
-from ..core import FaceVAEError
-from ..editing.latent_space import Direction, Encoded, attribute_direction, directions_table, principal_directions
-from ..editing.latent_space import Directions, find_directions
-from ..model.vae import FaceVAE
-from ..model.inference import Reconstruction, decode_pictures, encode_pictures, evaluating
-from ..data.store import FaceStore
-from ..synthetic.render import draw_faces
+        reason = (
+            "No face was found in it"
+            if "No face" in str(error)
+            else "Finding faces needs facevae[align], which is not installed"
+        )
+        return Face(
+            photograph,
+            name,
+            f"{reason}: it is taken as it is, as if it were cut out like the faces that the model knows.",
+        )
 
 # %% ../../nbs/13_explore/00_state.ipynb #c0017
 def drawn_directions(vae: FaceVAE, count: int = 480, principal: int = 10) -> Directions:
@@ -113,10 +132,15 @@ def drawn_directions(vae: FaceVAE, count: int = 480, principal: int = 10) -> Dir
     drawn = draw_faces(range(count), seed=DRAWN_SEED + 1, size=vae.config.size)
     device, half = next(vae.parameters()).device, count * 2 // 3
     with evaluating(vae), torch.inference_mode():
-        parts = [vae.encode(part.permute(0, 3, 1, 2).to(device).float() / 255) for part in drawn.images.split(64)]
+        parts = [
+            vae.encode(part.permute(0, 3, 1, 2).to(device).float() / 255) for part in drawn.images.split(64)
+        ]
     mean, log_std = (torch.cat([part[i].float().cpu() for part in parts]) for i in (0, 1))  # (N, D)
     names = [str(i) for i in range(count)]
-    known, held_out = Encoded(names[:half], mean[:half], log_std[:half]), Encoded(names[half:], mean[half:], log_std[half:])
+    known, held_out = (
+        Encoded(names[:half], mean[:half], log_std[:half]),
+        Encoded(names[half:], mean[half:], log_std[half:]),
+    )
     attributes = {}
     for name, column in drawn.attributes.items():
         has = column.to_numpy(bool)
@@ -133,7 +157,9 @@ def explored_directions(vae: FaceVAE, store: FaceStore | None = None) -> tuple[D
         try:
             return find_directions(vae, store), ""
         except FaceVAEError:
-            return drawn_directions(vae), "Directions are those of drawn faces, because the model comes without any."
+            return drawn_directions(
+                vae
+            ), "Directions are those of drawn faces, because the model comes without any."
 
 
 def best_first(attributes: Mapping[str, Direction]) -> list[str]:
@@ -147,7 +173,9 @@ SHOWN = 240  # pixels of the longer side
 def shown(image: Image.Image) -> Image.Image:
     """A picture in the size in which it is looked at."""
     scale = SHOWN / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return image.resize(
+        [max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3.0
+    )
 
 
 class ExploredModel:
@@ -190,4 +218,8 @@ def as_png(image: Image.Image) -> bytes:
 
 def on_white(result: Reconstruction) -> Image.Image:
     """The reconstruction, of a model with masks on white: what such a model draws outside of the face was never compared with anything."""
-    return result.recon if result.mask is None else Image.composite(result.recon, Image.new("RGB", result.recon.size, "white"), result.mask)
+    return (
+        result.recon
+        if result.mask is None
+        else Image.composite(result.recon, Image.new("RGB", result.recon.size, "white"), result.mask)
+    )

@@ -16,8 +16,8 @@ import ipywidgets as widgets
 from PIL import Image
 from traitlets import Unicode
 
-from .state import as_jpeg
 from ..editing.latent_space import Direction
+from .state import as_jpeg
 from ..model.inference import Reconstruction
 
 # %% ../../nbs/13_explore/01_widgets.ipynb #c0005
@@ -77,6 +77,7 @@ NO_MASK = "This model has no mask decoder, so it predicts no mask and makes no c
 
 class _Titled(widgets.Image):
     """An image whose tooltip becomes its title, by which screen readers name it; ipywidgets 8.1 fails to draw one without a description."""
+
     description = Unicode("").tag(sync=True)
 
 
@@ -85,10 +86,13 @@ class PictureRow(widgets.VBox):
 
     def __init__(self, name: str, masks: bool):
         self.result: Reconstruction | None = None
-        captions = ["original", "reconstruction", "predicted mask", "composite"][:4 if masks else 2]
+        captions = ["original", "reconstruction", "predicted mask", "composite"][: 4 if masks else 2]
         self.images = [_Titled(format="jpeg", tooltip=f"{caption}, {name}") for caption in captions]
         self.captions = [words(caption, "fv-caption") for caption in captions]
-        figures = [classed(widgets.VBox([image, caption]), "fv-figure") for image, caption in zip(self.images, self.captions)]
+        figures = [
+            classed(widgets.VBox([image, caption]), "fv-figure")
+            for image, caption in zip(self.images, self.captions)
+        ]
         if not masks:
             figures.append(words(NO_MASK, "fv-caption"))
         self.heading = heading(name)
@@ -119,7 +123,12 @@ class DirectionSliders(widgets.VBox):
     moved: called with the name of the direction after each change, None when several changed at once.
     """
 
-    def __init__(self, attributes: list[Direction], principal: list[Direction], moved: Callable[[str | None], None] = lambda name: None):
+    def __init__(
+        self,
+        attributes: list[Direction],
+        principal: list[Direction],
+        moved: Callable[[str | None], None] = lambda name: None,
+    ):
         self.moved, self.last, self._held = moved, None, False
         self.sliders: dict[str, widgets.FloatSlider] = {}
         rows = []
@@ -129,15 +138,25 @@ class DirectionSliders(widgets.VBox):
         if principal:
             rows += [heading("Principal directions", "with their share of the variance")]
             rows += [self._row(one, f"{one.share:.0%}") for one in principal]
-        self.reset_button = widgets.Button(description="Reset all sliders", tooltip="Set every slider to zero")
+        self.reset_button = widgets.Button(
+            description="Reset all sliders", tooltip="Set every slider to zero"
+        )
         self.reset_button.on_click(lambda _: self.reset())
         super().__init__([*rows, self.reset_button])
         classed(self, "fv-sliders")
 
     def _row(self, direction: Direction, quality: str) -> widgets.HBox:
         name = direction.name
-        slider = widgets.FloatSlider(0, min=-REACH, max=REACH, step=0.1, description=spoken(name), tooltip=f"{spoken(name)}: how much is added to the face",
-                                     readout_format="+.1f", style={"description_width": "120px"})
+        slider = widgets.FloatSlider(
+            0,
+            min=-REACH,
+            max=REACH,
+            step=0.1,
+            description=spoken(name),
+            tooltip=f"{spoken(name)}: how much is added to the face",
+            readout_format="+.1f",
+            style={"description_width": "120px"},
+        )
         slider.observe(lambda change: self._changed(name), "value")
         zero = widgets.Button(description="0", tooltip=f"Set {spoken(name)} to zero")
         zero.on_click(lambda _: self.reset(name))
@@ -187,5 +206,5 @@ TYPES = {".png": "image/png", ".gif": "image/gif"}
 
 def download_link(data: bytes, name: str) -> str:
     """HTML of a link that saves data as a file. name: with the ending .png or .gif."""
-    kind, size = TYPES[name[name.rindex("."):]], f"{len(data) / 1000:,.0f} kB"
+    kind, size = TYPES[name[name.rindex(".") :]], f"{len(data) / 1000:,.0f} kB"
     return f'<a download="{html.escape(name)}" href="data:{kind};base64,{base64.b64encode(data).decode()}">Download {html.escape(name)}</a> ({size})'

@@ -52,7 +52,9 @@ def blur_by_shifts(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> 
 def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
     """`blur` as a product with a banded matrix on either side."""
     with torch.autocast(images.device.type, enabled=False):
-        rows, columns = (_band(images.shape[axis], taps, stride, images.dtype, images.device) for axis in (-2, -1))
+        rows, columns = (
+            _band(images.shape[axis], taps, stride, images.dtype, images.device) for axis in (-2, -1)
+        )
         return rows @ (images @ columns.T)
 
 
@@ -63,10 +65,12 @@ def _band(*key) -> Tensor:
 
 
 @functools.lru_cache(64)
-def _make_band(side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_band(
+    side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     windows = range(0, side - len(taps) + 1, stride)
     with torch.inference_mode(False):  # what is kept may be used in training later
         band = torch.zeros(len(windows), side, dtype=torch.float64)
         for row, start in enumerate(windows):
-            band[row, start:start + len(taps)] = torch.tensor(taps, dtype=torch.float64)
+            band[row, start : start + len(taps)] = torch.tensor(taps, dtype=torch.float64)
         return band.to(device, dtype)

@@ -8,16 +8,20 @@ __all__ = ['MS_SSIM_WEIGHTS', 'METRICS', 'ms_ssim_scales', 'ssim', 'ms_ssim', 'v
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0003
 import math
+import socket
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import FaceVAEError, choices
+from .filters import SSIM_WINDOW, WINDOW, blur
 from .maps import VIF_WINDOWS, centres, mean, metric, pool_views, vif_halved
-from .filters import SSIM_WINDOW, WINDOW, blur, gaussian
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0006
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -124,14 +128,18 @@ def sharpness(pair, weight):
     pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None.
     Raises FaceVAEError for tensors that are not such images.
     """
+
     def energy(images: Tensor) -> Tensor:
         total = 0
         for axis in (-2, -1):
             both = None
             if weight is not None:
-                both = weight.narrow(axis, 1, weight.shape[axis] - 1) * weight.narrow(axis, 0, weight.shape[axis] - 1)
+                both = weight.narrow(axis, 1, weight.shape[axis] - 1) * weight.narrow(
+                    axis, 0, weight.shape[axis] - 1
+                )
             total = total + mean(images.diff(dim=axis).square(), both)
         return total
+
     return energy(pair.pred.images) / energy(pair.target.images)
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0013
@@ -152,8 +160,10 @@ def mask_iou(*, pred_mask: Tensor, target_mask: Tensor) -> Tensor:
     Raises FaceVAEError when the shapes differ or are not those of masks.
     """
     if pred_mask.shape != target_mask.shape or pred_mask.ndim != 4 or pred_mask.shape[1] != 1:
-        raise FaceVAEError(f"pred_mask has shape {tuple(pred_mask.shape)} and target_mask {tuple(target_mask.shape)}; "
-                           "both must be (B, 1, H, W).")
+        raise FaceVAEError(
+            f"pred_mask has shape {tuple(pred_mask.shape)} and target_mask {tuple(target_mask.shape)}; "
+            "both must be (B, 1, H, W)."
+        )
     pred, target = (pred_mask > 0.5).flatten(1), (target_mask > 0.5).flatten(1)
     value = (pred & target).sum(1) / (pred | target).sum(1)
     broken = (pred_mask.isnan() | target_mask.isnan()).flatten(1).any(1)
@@ -168,6 +178,7 @@ class Metric:
     neither end is best. label: for an axis, with the unit. shown: the presented value, lower is better, of a
     number, array or column. shown_label: its label.
     """
+
     name: str
     function: Callable | None
     higher_is_better: bool | None
@@ -176,23 +187,46 @@ class Metric:
     shown_label: str
 
 
-METRICS = {row.name: row for row in (
-    Metric("ssim", ssim, True, "SSIM", lambda value: 1 - value, "1 − SSIM"),
-    Metric("ms_ssim", ms_ssim, True, "MS-SSIM", lambda value: 1 - value, "1 − MS-SSIM"),
-    Metric("lpips", None, False, "LPIPS (AlexNet)", lambda value: value, "LPIPS"),
-    Metric("vif", vif, True, "VIF", lambda value: 1 - value, "1 − VIF"),
-    Metric("l1", l1, False, "L1 (mean absolute error, pixel values 0–1)", lambda value: 10 * value, "10 · L1"),
-    Metric("l2", l2, False, "L2 (root mean square error, pixel values 0–1)", lambda value: 10 * value, "10 · L2"),
-    Metric("psnr", psnr, True, "PSNR (dB)", lambda value: -value, "−PSNR (dB)"),
-    Metric("sharpness", sharpness, None, "sharpness (gradient energy / original's)",
-           lambda value: abs(1 - value), "|1 − sharpness|"),
-    Metric("delta_e", delta_e, False, "colour difference (CIEDE2000)", lambda value: value, "CIEDE2000"),
-    Metric("mask_iou", mask_iou, True, "mask IoU", lambda value: 1 - value, "1 − mask IoU"),
-)}
+METRICS = {
+    row.name: row
+    for row in (
+        Metric("ssim", ssim, True, "SSIM", lambda value: 1 - value, "1 − SSIM"),
+        Metric("ms_ssim", ms_ssim, True, "MS-SSIM", lambda value: 1 - value, "1 − MS-SSIM"),
+        Metric("lpips", None, False, "LPIPS (AlexNet)", lambda value: value, "LPIPS"),
+        Metric("vif", vif, True, "VIF", lambda value: 1 - value, "1 − VIF"),
+        Metric(
+            "l1", l1, False, "L1 (mean absolute error, pixel values 0–1)", lambda value: 10 * value, "10 · L1"
+        ),
+        Metric(
+            "l2",
+            l2,
+            False,
+            "L2 (root mean square error, pixel values 0–1)",
+            lambda value: 10 * value,
+            "10 · L2",
+        ),
+        Metric("psnr", psnr, True, "PSNR (dB)", lambda value: -value, "−PSNR (dB)"),
+        Metric(
+            "sharpness",
+            sharpness,
+            None,
+            "sharpness (gradient energy / original's)",
+            lambda value: abs(1 - value),
+            "|1 − sharpness|",
+        ),
+        Metric("delta_e", delta_e, False, "colour difference (CIEDE2000)", lambda value: value, "CIEDE2000"),
+        Metric("mask_iou", mask_iou, True, "mask IoU", lambda value: 1 - value, "1 − mask IoU"),
+    )
+}
 
 
-def measure_views(*, views: Mapping[str, tuple[Tensor, Tensor | None]], target: Tensor,
-                  names: Iterable[str] | None = None, lpips: Callable | None = None) -> dict[str, dict[str, Tensor]]:
+def measure_views(
+    *,
+    views: Mapping[str, tuple[Tensor, Tensor | None]],
+    target: Tensor,
+    names: Iterable[str] | None = None,
+    lpips: Callable | None = None,
+) -> dict[str, dict[str, Tensor]]:
     """Several predictions of the same originals by several metrics: {view: {metric: (B,)}}.
 
     views: {view: (pred, weight)}; views that hold the same tensor `pred` share the work. target: (B, 3, H, W)
@@ -205,14 +239,22 @@ def measure_views(*, views: Mapping[str, tuple[Tensor, Tensor | None]], target: 
     names = [name for name in METRICS if name in pools] if names is None else list(names)
     for name in names:
         if name == "lpips" and lpips is None:
-            raise FaceVAEError("'lpips' needs its network. Pass lpips=function, from: function, reason = load_lpips(device).")
+            raise FaceVAEError(
+                "'lpips' needs its network. Pass lpips=function, from: function, reason = load_lpips(device)."
+            )
         if name not in pools:
             raise FaceVAEError(f"'{name}' is not a metric of images. {choices(name, pools)}")
     return pool_views({name: pools[name] for name in names}, views, target)
 
 
-def measure(*, pred: Tensor, target: Tensor, weight: Tensor | None = None, names: Iterable[str] | None = None,
-            lpips: Callable | None = None) -> dict[str, Tensor]:
+def measure(
+    *,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    names: Iterable[str] | None = None,
+    lpips: Callable | None = None,
+) -> dict[str, Tensor]:
     """Several metrics of one prediction: {metric: (B,)}, sharing what they have in common.
 
     pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None. names, lpips: see `measure_views`.
@@ -220,21 +262,10 @@ def measure(*, pred: Tensor, target: Tensor, weight: Tensor | None = None, names
     """
     return measure_views(views={"": (pred, weight)}, target=target, names=names, lpips=lpips)[""]
 
-# %% ../../nbs/07_metrics/02_image.ipynb #c0035
-import socket
-import warnings
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-
-from .maps import mean, metric
-
 # %% ../../nbs/07_metrics/02_image.ipynb #c0037
 def _lpips(network: torch.nn.Module) -> Callable:
     """The metric made of a `lpips.LPIPS` network."""
+
     @metric
     def lpips(pair, weight):
         """Learned perceptual distance (Zhang et al. 2018), AlexNet: 0 for identical images; (B,).
@@ -243,11 +274,14 @@ def _lpips(network: torch.nn.Module) -> Callable:
         Raises FaceVAEError for tensors that are not such images.
         """
         total = 0
-        for pred, target, layer in zip(pair.pred.features(network), pair.target.features(network), network.lins):
+        for pred, target, layer in zip(
+            pair.pred.features(network), pair.target.features(network), network.lins
+        ):
             apart = layer((pred - target).square())  # (B, 1, h, w)
             small = None if weight is None else F.interpolate(weight, apart.shape[-2:], mode="area")
             total = total + mean(apart, small)
         return total
+
     return lpips
 
 
@@ -263,7 +297,10 @@ def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple
         kept = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:  # no network, no server, no room, a damaged file
         reason = (str(error).splitlines() or [""])[0]
-        return None, f"LPIPS needs AlexNet's weights, and they could not be had: {type(error).__name__}: {reason}"
+        return (
+            None,
+            f"LPIPS needs AlexNet's weights, and they could not be had: {type(error).__name__}: {reason}",
+        )
     finally:
         socket.setdefaulttimeout(before)
     import lpips as package  # here because it takes a second to import, and nobody needs it without the weights
@@ -271,7 +308,9 @@ def load_lpips(device: str | torch.device = "cpu", timeout: float = 20) -> tuple
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package asks torchvision in a deprecated way
         network = package.LPIPS(net="alex", pnet_rand=True, pretrained=False, verbose=False)
-    layers = torch.load(Path(package.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu", weights_only=True)
+    layers = torch.load(
+        Path(package.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu", weights_only=True
+    )
     for name in network.net.state_dict():  # slice2.3.weight is AlexNet's features.3.weight
         layers[f"net.{name}"] = kept[f"features.{name.partition('.')[2]}"].clone()
     network.load_state_dict(layers, strict=False, assign=True)
@@ -286,5 +325,7 @@ def _alexnet_file() -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False)
+        torch.hub.download_url_to_file(
+            url, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=False
+        )
     return file

@@ -6,10 +6,16 @@
 __all__ = ['VIF_WINDOWS', 'lab', 'ciede2000', 'centres', 'mean', 'Images', 'vif_halved', 'Pair', 'pool_views', 'metric']
 
 # %% ../../nbs/07_metrics/01_maps.ipynb #c0003
+import functools
 import math
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..core import FaceVAEError
+from .filters import C1, C2, SSIM_WINDOW, WINDOW, blur, gaussian
 
 # %% ../../nbs/07_metrics/01_maps.ipynb #c0006
 # sRGB primaries (ITU-R BT.709) in CIE XYZ; rows are divided by their sums, which are the D65 white of sRGB
@@ -24,8 +30,9 @@ def lab(images: Tensor) -> Tensor:
     linear = torch.where(images <= 0.04045, images / 12.92, ((images.clamp(min=0) + 0.055) / 1.055) ** 2.4)
     red, green, blue = linear.unbind(1)
     ratios = torch.stack([(r * red + g * green + b * blue) / (r + g + b) for r, g, b in _XYZ], 1)
-    x, y, z = torch.where(ratios > (6 / 29) ** 3, ratios.clamp(min=1e-6) ** (1 / 3),
-                          ratios / (3 * (6 / 29) ** 2) + 4 / 29).unbind(1)
+    x, y, z = torch.where(
+        ratios > (6 / 29) ** 3, ratios.clamp(min=1e-6) ** (1 / 3), ratios / (3 * (6 / 29) ** 2) + 4 / 29
+    ).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 # %% ../../nbs/07_metrics/01_maps.ipynb #c0009
@@ -50,8 +57,13 @@ def ciede2000(first: Tensor, second: Tensor) -> Tensor:
     hue = torch.atan2(v_1 + v_2, u_1 + u_2)
     hue = torch.where(hue < 0, hue + 2 * math.pi, hue)
     turn = [math.radians(degrees) for degrees in (30, 6, 63, 275, 25)]
-    t = (1 - 0.17 * (hue - turn[0]).cos() + 0.24 * (2 * hue).cos()
-         + 0.32 * (3 * hue + turn[1]).cos() - 0.20 * (4 * hue - turn[2]).cos())
+    t = (
+        1
+        - 0.17 * (hue - turn[0]).cos()
+        + 0.24 * (2 * hue).cos()
+        + 0.32 * (3 * hue + turn[1]).cos()
+        - 0.20 * (4 * hue - turn[2]).cos()
+    )
     rotation = -2 * saturation(chroma) * (math.pi / 3 * (-((hue - turn[3]) / turn[4]).square()).exp()).sin()
 
     lightness = (light_2 - light_1) / (1 + 0.015 * light.square() / (20 + light.square()).sqrt())
@@ -61,22 +73,11 @@ def ciede2000(first: Tensor, second: Tensor) -> Tensor:
     square = lightness.square() + colour.square() + tint.square() + rotation * colour * tint
     return square.clamp(min=0).sqrt()
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0014
-import functools
-from collections.abc import Callable, Mapping
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from ..core import FaceVAEError
-from .filters import C1, C2, SSIM_WINDOW, WINDOW, blur, gaussian
-
 # %% ../../nbs/07_metrics/01_maps.ipynb #c0017
 def centres(weight: Tensor, window: int) -> Tensor:
     """The weights (B, 1, H, W) at the centres of whole windows: (B, 1, H - window + 1, W - window + 1)."""
     border = window // 2
-    return weight[..., border:weight.shape[-2] - border, border:weight.shape[-1] - border]
+    return weight[..., border : weight.shape[-2] - border, border : weight.shape[-1] - border]
 
 
 def mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -92,12 +93,14 @@ _VIF_NOISE, _VIF_EPS = 2 / 255**2, 1e-10 / 255**2
 
 def _once(method: Callable) -> Callable:
     """A method whose result is computed once for each object and arguments."""
+
     @functools.wraps(method)
     def remembered(self, *args):
         key = (method.__name__, *args)
         if key not in self.known:
             self.known[key] = method(self, *args)
         return self.known[key]
+
     return remembered
 
 
@@ -178,7 +181,9 @@ class Pair:
         """Information in each window of a VIF scale: what the prediction keeps, and what the original has."""
         window = VIF_WINDOWS[scale]
         (mean_p, var_p), (mean_t, var_t) = self.pred.vif_moments(scale), self.target.vif_moments(scale)
-        product = blur(self.pred.vif_scale(scale) * self.target.vif_scale(scale), gaussian(window, window / 5))
+        product = blur(
+            self.pred.vif_scale(scale) * self.target.vif_scale(scale), gaussian(window, window / 5)
+        )
         covariance = product - mean_p * mean_t
         var_t = torch.where(var_t < _VIF_EPS, 0, var_t)  # no information in a flat window
         gain = (covariance / (var_t + _VIF_EPS)).clamp(min=0)
@@ -197,23 +202,34 @@ def _check(pred: Tensor, target: Tensor, weight: Tensor | None) -> None:
     for name, images in (("pred", pred), ("target", target)):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise FaceVAEError(f"{name} is {kind}; expected a float tensor in [0, 1]. Divide 8-bit images by 255.")
+            raise FaceVAEError(
+                f"{name} is {kind}; expected a float tensor in [0, 1]. Divide 8-bit images by 255."
+            )
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < WINDOW:
-            raise FaceVAEError(f"{name} has shape {tuple(images.shape)}; expected (B, 3, H, W) with H and W at "
-                               f"least {WINDOW}. A single image needs [None] to become a batch.")
+            raise FaceVAEError(
+                f"{name} has shape {tuple(images.shape)}; expected (B, 3, H, W) with H and W at "
+                f"least {WINDOW}. A single image needs [None] to become a batch."
+            )
         if images.numel() and bool((images.amax() > 1.001) | (images.amin() < -0.001)):
-            raise FaceVAEError(f"{name} has values from {images.min():.4g} to {images.max():.4g}; expected [0, 1]. "
-                               "Divide 8-bit images by 255, and clamp what is not from a sigmoid.")
+            raise FaceVAEError(
+                f"{name} has values from {images.min():.4g} to {images.max():.4g}; expected [0, 1]. "
+                "Divide 8-bit images by 255, and clamp what is not from a sigmoid."
+            )
     if pred.shape != target.shape:
-        raise FaceVAEError(f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; "
-                           "they must be equal. Resize one to the other.")
+        raise FaceVAEError(
+            f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; "
+            "they must be equal. Resize one to the other."
+        )
     expected = (target.shape[0], 1, *target.shape[-2:])
     if weight is not None and tuple(weight.shape) != expected:
-        raise FaceVAEError(f"weight has shape {tuple(weight.shape)}; expected {expected}: one weight a pixel.")
+        raise FaceVAEError(
+            f"weight has shape {tuple(weight.shape)}; expected {expected}: one weight a pixel."
+        )
 
 
-def pool_views(pools: Mapping[str, Callable], views: Mapping[str, tuple[Tensor, Tensor | None]],
-             target: Tensor) -> dict[str, dict[str, Tensor]]:
+def pool_views(
+    pools: Mapping[str, Callable], views: Mapping[str, tuple[Tensor, Tensor | None]], target: Tensor
+) -> dict[str, dict[str, Tensor]]:
     """{view: {metric: (B,)}} for each (pred, weight) of `views` against `target`, in float32.
 
     pools: {metric: rule (Pair, weight) -> (B,)}. Views that hold the same tensor `pred` share its maps.
@@ -238,9 +254,11 @@ def pool_views(pools: Mapping[str, Callable], views: Mapping[str, tuple[Tensor, 
 
 def metric(pool: Callable) -> Callable:
     """Make a rule (Pair, weight) -> (B,) a function of `pred`, `target` and `weight`; the rule stays as `.pool`."""
+
     @functools.wraps(pool)
     def function(*, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         return pool_views({"": pool}, {"": (pred, weight)}, target)[""][""]
+
     del function.__wrapped__  # so that help() shows the keywords
     function.pool = pool
     return function

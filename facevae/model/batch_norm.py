@@ -22,13 +22,17 @@ def _fold(channels: int, width: int) -> int:
 def _widen(pixels: Tensor, fold: int) -> Tensor:
     """(B, C, H, W) channels_last, read as (B, fold C, H, W / fold)."""
     batch, channels, height, width = pixels.shape
-    return pixels.permute(0, 2, 3, 1).reshape(batch, height, width // fold, fold * channels).permute(0, 3, 1, 2)
+    return (
+        pixels.permute(0, 2, 3, 1).reshape(batch, height, width // fold, fold * channels).permute(0, 3, 1, 2)
+    )
 
 
 def _narrow(pixels: Tensor, fold: int) -> Tensor:
     """What `_widen` did, undone."""
     batch, channels, height, width = pixels.shape
-    return pixels.permute(0, 2, 3, 1).reshape(batch, height, width * fold, channels // fold).permute(0, 3, 1, 2)
+    return (
+        pixels.permute(0, 2, 3, 1).reshape(batch, height, width * fold, channels // fold).permute(0, 3, 1, 2)
+    )
 
 # %% ../../nbs/08_model/01_batch_norm.ipynb #c0007
 class _Normalise(torch.autograd.Function):
@@ -42,7 +46,9 @@ class _Normalise(torch.autograd.Function):
         means, variances = means.view(fold, channels), scales.view(fold, channels) ** -2 - eps
         mean = means.mean(0)  # (C,)
         variance = (variances + (means - mean) ** 2).mean(0)
-        outputs = torch.native_batch_norm(wide, *(one.repeat(fold) for one in (weight, bias, mean, variance)), False, 0.0, eps)[0]
+        outputs = torch.native_batch_norm(
+            wide, *(one.repeat(fold) for one in (weight, bias, mean, variance)), False, 0.0, eps
+        )[0]
         ctx.save_for_backward(inputs, weight, mean, variance)
         ctx.eps, ctx.fold = eps, fold
         ctx.mark_non_differentiable(mean, variance)
@@ -55,11 +61,28 @@ class _Normalise(torch.autograd.Function):
         inputs, weight, mean, variance = ctx.saved_tensors
         fold, eps, channels = ctx.fold, ctx.eps, inputs.shape[1]
         wide, given = _widen(inputs, fold), [one.repeat(fold) for one in (mean, variance)]
-        grad, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(_widen(gradient.contiguous(memory_format=torch.channels_last), fold), wide, weight.repeat(fold), *given,
-                                                                                 None, None, False, eps, [True, True, True])
+        grad, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            _widen(gradient.contiguous(memory_format=torch.channels_last), fold),
+            wide,
+            weight.repeat(fold),
+            *given,
+            None,
+            None,
+            False,
+            eps,
+            [True, True, True],
+        )
         grad_weight, grad_bias = (one.view(fold, channels).sum(0) for one in (grad_weight, grad_bias))
         share = weight * (variance + eps).rsqrt() * (channels / inputs.numel())
-        grad -= torch.native_batch_norm(wide, (share * grad_weight).repeat(fold), (share * grad_bias).repeat(fold), *given, False, 0.0, eps)[0]
+        grad -= torch.native_batch_norm(
+            wide,
+            (share * grad_weight).repeat(fold),
+            (share * grad_bias).repeat(fold),
+            *given,
+            False,
+            0.0,
+            eps,
+        )[0]
         return _narrow(grad, fold), grad_weight, grad_bias, None, None
 
 # %% ../../nbs/08_model/01_batch_norm.ipynb #c0009
@@ -69,8 +92,15 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), normalised; the result may be changed in place."""
         # In this order: an exporter's batch size is a symbol that must not be compared with a number.
-        if (not self.training or torch.compiler.is_compiling() or inputs.device.type != "cpu" or self.num_features >= NARROW or inputs.numel() < FEWEST
-                or not inputs.is_contiguous(memory_format=torch.channels_last) or (fold := _fold(self.num_features, inputs.shape[-1])) == 1):
+        if (
+            not self.training
+            or torch.compiler.is_compiling()
+            or inputs.device.type != "cpu"
+            or self.num_features >= NARROW
+            or inputs.numel() < FEWEST
+            or not inputs.is_contiguous(memory_format=torch.channels_last)
+            or (fold := _fold(self.num_features, inputs.shape[-1])) == 1
+        ):
             return super().forward(inputs)
         outputs, mean, variance = _Normalise.apply(inputs, self.weight, self.bias, self.eps, fold)
         count = inputs.numel() / self.num_features

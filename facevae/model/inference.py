@@ -7,17 +7,21 @@ __all__ = ['Picture', 'read_photograph', 'to_image', 'joined', 'Reconstruction',
            'reconstruct', 'decode_pictures', 'to_onnx']
 
 # %% ../../nbs/08_model/02_inference.ipynb #c0003
+import contextlib
+import io
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ..core import FaceVAEError
+from ..core import FaceVAEError, atomic_file
 from ..data.images import MOST_PIXELS, UnusableInput, open_picture, to_rgb
 
 # %% ../../nbs/08_model/02_inference.ipynb #c0005
@@ -30,7 +34,9 @@ def read_photograph(path: str | Path) -> Image.Image:
         with open_picture(Path(path)) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except UnusableInput as error:
-        raise FaceVAEError(f"'{path}' cannot be used: {error.problem} ({error.detail}). Give a JPEG, PNG, WebP or BMP picture.") from None
+        raise FaceVAEError(
+            f"'{path}' cannot be used: {error.problem} ({error.detail}). Give a JPEG, PNG, WebP or BMP picture."
+        ) from None
     except Exception as error:  # decoders fail in every way there is
         raise FaceVAEError(f"'{path}' is damaged ({error}). Give a whole picture.") from None
 
@@ -51,22 +57,34 @@ def to_image(picture: Picture) -> Image.Image:
     if isinstance(picture, Tensor):
         array, wanted = picture.detach().cpu(), "A tensor of a picture has the shape (3, H, W)"
         if array.ndim != 3 or array.shape[0] != 3:
-            raise FaceVAEError(f"{wanted}, not {tuple(array.shape)}. Of a batch (B, 3, H, W), give list(batch).")
+            raise FaceVAEError(
+                f"{wanted}, not {tuple(array.shape)}. Of a batch (B, 3, H, W), give list(batch)."
+            )
         array = (array.float() if array.is_floating_point() else array).permute(1, 2, 0).numpy()  # (H, W, 3)
     elif isinstance(picture, np.ndarray):
         array = picture
         if array.ndim != 3 or array.shape[2] != 3:
-            raise FaceVAEError(f"An array of a picture has the shape (H, W, 3), not {array.shape}. Of a batch (B, H, W, 3), give list(batch).")
+            raise FaceVAEError(
+                f"An array of a picture has the shape (H, W, 3), not {array.shape}. Of a batch (B, H, W, 3), give list(batch)."
+            )
     else:
-        raise FaceVAEError(f"A {type(picture).__name__} is not a picture. Give a path, a PIL image, an array (H, W, 3), a tensor (3, H, W), or a list of these.")
+        raise FaceVAEError(
+            f"A {type(picture).__name__} is not a picture. Give a path, a PIL image, an array (H, W, 3), a tensor (3, H, W), or a list of these."
+        )
     if not 0 < array.size <= 3 * MOST_PIXELS:
-        raise FaceVAEError(f"A picture of {array.shape[1]} x {array.shape[0]} pixels cannot be used. Give one of 1 to {MOST_PIXELS:,} pixels.")
+        raise FaceVAEError(
+            f"A picture of {array.shape[1]} x {array.shape[0]} pixels cannot be used. Give one of 1 to {MOST_PIXELS:,} pixels."
+        )
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.floating):
-            raise FaceVAEError(f"A picture's values are uint8, or floating-point numbers in [0, 1], not {array.dtype}. Convert them.")
+            raise FaceVAEError(
+                f"A picture's values are uint8, or floating-point numbers in [0, 1], not {array.dtype}. Convert them."
+            )
         low, high = float(array.min()), float(array.max())  # NaN if there is one
         if not (0 <= low and high <= 1):
-            raise FaceVAEError(f"A picture in floating-point numbers has values in [0, 1], not from {low:g} to {high:g}. Divide by 255, or repair what is not a number.")
+            raise FaceVAEError(
+                f"A picture in floating-point numbers has values in [0, 1], not from {low:g} to {high:g}. Divide by 255, or repair what is not a number."
+            )
         array = (array * np.float32(255)).round().astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array))
 
@@ -75,7 +93,11 @@ def joined(images: Sequence[Image.Image], gap: int = 4, down: bool = False) -> I
     """Pictures in a row, or one below the other, on white. gap: pixels between them."""
     widths, heights = zip(*(image.size for image in images))
     between = gap * (len(images) - 1)
-    sheet = Image.new("RGB", (max(widths), sum(heights) + between) if down else (sum(widths) + between, max(heights)), "white")
+    sheet = Image.new(
+        "RGB",
+        (max(widths), sum(heights) + between) if down else (sum(widths) + between, max(heights)),
+        "white",
+    )
     place = 0
     for image in images:
         sheet.paste(image, (0, place) if down else (place, 0))
@@ -85,6 +107,7 @@ def joined(images: Sequence[Image.Image], gap: int = 4, down: bool = False) -> I
 
 class Reconstruction(NamedTuple):
     """What a model makes of a picture; every image has the size of the original."""
+
     original: Image.Image
     recon: Image.Image  # the image decoder's whole frame
     mask: Image.Image | None  # the predicted face mask, grey; None without a mask decoder
@@ -97,7 +120,9 @@ class Reconstruction(NamedTuple):
 
 def to_batch(images: Sequence[Image.Image], size: int) -> Tensor:
     """Images, squashed to squares as training pictures are: (B, 3, size, size) in [0, 1]."""
-    squares = np.stack([np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images])  # (B, S, S, 3)
+    squares = np.stack(
+        [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+    )  # (B, S, S, 3)
     return torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
 
 
@@ -121,11 +146,18 @@ def encode_pictures(vae: nn.Module, pictures: Picture | Sequence[Picture], batch
     images = [to_image(one) for one in (pictures if isinstance(pictures, (list, tuple)) else [pictures])]
     device = next(vae.parameters()).device
     with evaluating(vae):
-        return torch.cat([vae.encode(to_batch(images[i:i + batch_size], vae.config.size).to(device))[0].float().cpu() for i in range(0, len(images), batch_size)])
+        return torch.cat(
+            [
+                vae.encode(to_batch(images[i : i + batch_size], vae.config.size).to(device))[0].float().cpu()
+                for i in range(0, len(images), batch_size)
+            ]
+        )
 
 
 @torch.inference_mode()
-def reconstruct(vae: nn.Module, pictures: Picture | Sequence[Picture], shift: Tensor | None = None, batch_size: int = 32) -> Reconstruction | list[Reconstruction]:
+def reconstruct(
+    vae: nn.Module, pictures: Picture | Sequence[Picture], shift: Tensor | None = None, batch_size: int = 32
+) -> Reconstruction | list[Reconstruction]:
     """Reconstruct a picture, or a list of pictures; on the model's device, at each picture's own size.
 
     vae: a FaceVAE. pictures: a path, image, array (H, W, 3) or tensor (3, H, W), or a list of these, as for `to_image`; a face should fill each as in CelebA.
@@ -138,19 +170,25 @@ def reconstruct(vae: nn.Module, pictures: Picture | Sequence[Picture], shift: Te
     device = next(vae.parameters()).device
     with evaluating(vae):
         for start in range(0, len(images), batch_size):
-            part = images[start:start + batch_size]
+            part = images[start : start + batch_size]
             latents = vae.encode(to_batch(part, vae.config.size).to(device))[0]  # (B, latent_dim)
             results += decode_pictures(vae, latents if shift is None else latents + shift.to(latents), part)
     return results
 
 
 @torch.inference_mode()
-def decode_pictures(vae: nn.Module, latents: Tensor, originals: Sequence[Image.Image]) -> list[Reconstruction]:
+def decode_pictures(
+    vae: nn.Module, latents: Tensor, originals: Sequence[Image.Image]
+) -> list[Reconstruction]:
     """What latents (B, latent_dim) look like, each at the size of its original, an RGB picture that the composite takes its background from."""
     with evaluating(vae):
         recons, mask_logits = vae.decode(latents.to(next(vae.parameters()).device))
     recons = recons.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, S, S, 3)
-    masks = [None] * len(recons) if mask_logits is None else mask_logits.float().sigmoid().mul(255).round().byte()[:, 0].cpu().numpy()
+    masks = (
+        [None] * len(recons)
+        if mask_logits is None
+        else mask_logits.float().sigmoid().mul(255).round().byte()[:, 0].cpu().numpy()
+    )
     return [_at_size(image, recon, mask) for image, recon, mask in zip(originals, recons, masks)]
 
 
@@ -159,18 +197,6 @@ def _at_size(image: Image.Image, recon: np.ndarray, mask: np.ndarray | None) -> 
     recon = Image.fromarray(recon).resize(image.size, Image.Resampling.BICUBIC)
     mask = None if mask is None else Image.fromarray(mask).resize(image.size, Image.Resampling.BICUBIC)
     return Reconstruction(image, recon, mask, None if mask is None else Image.composite(recon, image, mask))
-
-# %% ../../nbs/08_model/02_inference.ipynb #c0013
-import contextlib
-import io
-import logging
-import warnings
-from pathlib import Path
-
-import torch
-from torch import Tensor, nn
-
-from ..core import FaceVAEError, atomic_file
 
 # %% ../../nbs/08_model/02_inference.ipynb #c0014
 class _Plain(nn.Module):
@@ -183,7 +209,9 @@ class _Plain(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         mean, log_std = self.vae.encode(images)
         recon, mask_logits = self.vae.decode(mean)
-        return (recon, mean, log_std) if mask_logits is None else (recon, mask_logits.sigmoid(), mean, log_std)
+        return (
+            (recon, mean, log_std) if mask_logits is None else (recon, mask_logits.sigmoid(), mean, log_std)
+        )
 
 
 def to_onnx(vae: nn.Module, path: str | Path) -> Path:
@@ -197,7 +225,9 @@ def to_onnx(vae: nn.Module, path: str | Path) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise FaceVAEError(f"Writing ONNX needs packages that are not installed ({error.name} is missing). Install them with: pip install facevae[onnx]") from None
+        raise FaceVAEError(
+            f"Writing ONNX needs packages that are not installed ({error.name} is missing). Install them with: pip install facevae[onnx]"
+        ) from None
     # A process whose first backward pass comes after an export cannot be forked to train (see `launch`): torch then believes that there are devices to serve.
     with torch.enable_grad():
         torch.zeros(1, requires_grad=True).sum().backward()
@@ -205,12 +235,26 @@ def to_onnx(vae: nn.Module, path: str | Path) -> Path:
     images = torch.zeros(2, 3, size, size, device=example.device, dtype=example.dtype)
     names = ["recon", "mask", "mean", "log_std"] if vae.config.mask_decoder else ["recon", "mean", "log_std"]
     level = logging.getLogger("torch.onnx").level
-    with evaluating(vae), atomic_file(path) as partial, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter is talkative
+    with (
+        evaluating(vae),
+        atomic_file(path) as partial,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # the exporter is talkative
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            torch.onnx.export(_Plain(vae).eval(), (images,), str(partial), input_names=["images"], output_names=names, dynamo=True,
-                              dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False)
+            torch.onnx.export(
+                _Plain(vae).eval(),
+                (images,),
+                str(partial),
+                input_names=["images"],
+                output_names=names,
+                dynamo=True,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                external_data=False,
+                verbose=False,
+            )
         finally:
             logging.getLogger("torch.onnx").setLevel(level)
     return Path(path)

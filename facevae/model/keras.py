@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batch_norm import BatchNorm
 from ..core import FaceVAEError
-from .losses import loss_terms, weigh
 from ..metrics.image import ssim
+from .batch_norm import BatchNorm
+from .losses import loss_terms, weigh
 from .vae import FaceVAE, FaceVAEOutput, ModelConfig, composite
 
 # %% ../../nbs/08_model/06_keras.ipynb #c0005
@@ -47,8 +47,12 @@ def keras_names(vae: FaceVAE) -> dict[str, str]:
 def _torch_tensors(module: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
     """Torch name, Keras name and axis order of each weight of one layer."""
     if isinstance(module, nn.BatchNorm2d):
-        yield from (("weight", "gamma", None), ("bias", "beta", None),
-                    ("running_mean", "moving_mean", None), ("running_var", "moving_variance", None))
+        yield from (
+            ("weight", "gamma", None),
+            ("bias", "beta", None),
+            ("running_mean", "moving_mean", None),
+            ("running_var", "moving_variance", None),
+        )
     else:
         yield "weight", "kernel", (1, 0) if isinstance(module, nn.Linear) else (3, 2, 0, 1)
         yield "bias", "bias", None
@@ -64,6 +68,7 @@ def _layer_arrays(group, seen: set, layer: str = "", depth: int = 0) -> Iterator
     no real number, or claims to be endless. Raises ValueError.
     """
     import h5py
+
     if depth > DEEPEST:
         raise ValueError("its groups are nested too deeply")
     for name in group:
@@ -111,8 +116,10 @@ def load_keras(path: str | Path, sampling: str = "original") -> FaceVAE:
                 if total > MOST_VALUES:
                     raise ValueError(f"it holds more than {MOST_VALUES:,} values")
     except Exception as error:  # a hostile file can fail in any way
-        raise FaceVAEError(f"'{path}' cannot be read as the weights of the paper's network ({str(error)[:200]}). It is not a Keras weight file, "
-                           "or the download was cut short: fetch it again.") from None
+        raise FaceVAEError(
+            f"'{path}' cannot be read as the weights of the paper's network ({str(error)[:200]}). It is not a Keras weight file, "
+            "or the download was cut short: fetch it again."
+        ) from None
     masked = any(layer == "out_mask" for layer, _ in arrays)
     vae = FaceVAE(ModelConfig(mask_decoder=masked, sampling=sampling)).eval()
     modules, state = dict(vae.named_modules()), vae.state_dict()
@@ -121,19 +128,25 @@ def load_keras(path: str | Path, sampling: str = "original") -> FaceVAE:
         for torch_name, keras_name, axes in _torch_tensors(modules[name]):
             array = arrays.get((keras, keras_name))
             if array is None:
-                raise FaceVAEError(f"'{path}' lacks the weight '{keras}/{keras_name}' of the paper's network. It is the "
-                                   "weight file of another model, or incomplete.")
+                raise FaceVAEError(
+                    f"'{path}' lacks the weight '{keras}/{keras_name}' of the paper's network. It is the "
+                    "weight file of another model, or incomplete."
+                )
             tensor = torch.from_numpy(np.ascontiguousarray(array if axes is None else array.transpose(axes)))
             target = state[f"{name}.{torch_name}"]
             if tensor.shape != target.shape:
-                raise FaceVAEError(f"'{path}': '{keras}/{keras_name}' has shape {array.shape}, which the paper's network "
-                                   "does not have there. It is the weight file of another model.")
+                raise FaceVAEError(
+                    f"'{path}': '{keras}/{keras_name}' has shape {array.shape}, which the paper's network "
+                    "does not have there. It is the weight file of another model."
+                )
             target.copy_(tensor)
             expected.add((keras, keras_name))
     unknown = sorted({layer for layer, _ in arrays.keys() - expected})
     if unknown:
-        raise FaceVAEError(f"'{path}' holds layers that the paper's network lacks: {', '.join(unknown[:5])}. It is the "
-                           "weight file of another model.")
+        raise FaceVAEError(
+            f"'{path}' holds layers that the paper's network lacks: {', '.join(unknown[:5])}. It is the "
+            "weight file of another model."
+        )
     return vae
 
 # %% ../../nbs/08_model/06_keras.ipynb #c0013
@@ -143,7 +156,9 @@ def read_reference(path: str | Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # a hostile file can fail in any way
-        raise FaceVAEError(f"'{path}' cannot be read as reference arrays ({str(error)[:200]}). Give the .npz file of the reference.") from None
+        raise FaceVAEError(
+            f"'{path}' cannot be read as reference arrays ({str(error)[:200]}). Give the .npz file of the reference."
+        ) from None
 
 
 def parity(model: str | Path, reference: str | Path) -> dict[str, float]:
@@ -160,9 +175,17 @@ def parity(model: str | Path, reference: str | Path) -> dict[str, float]:
     ours = {"z_mean": out.mean, "z_log_std": out.log_std, "out_image": out.recon}
     if out.mask_logits is not None:
         mask = out.mask_logits.sigmoid()
-        ours |= {"out_image_pre": out.recon, "out_mask": mask, "out_image": composite(images, out.recon, mask)}
-    return {name: float(np.abs((value if value.ndim == 2 else value.permute(0, 2, 3, 1)).numpy() - known[name]).max())
-            for name, value in ours.items()}
+        ours |= {
+            "out_image_pre": out.recon,
+            "out_mask": mask,
+            "out_image": composite(images, out.recon, mask),
+        }
+    return {
+        name: float(
+            np.abs((value if value.ndim == 2 else value.permute(0, 2, 3, 1)).numpy() - known[name]).max()
+        )
+        for name, value in ours.items()
+    }
 
 # %% ../../nbs/08_model/06_keras.ipynb #c0017
 def loss_parity(reference: str | Path) -> dict[str, float]:
@@ -171,12 +194,25 @@ def loss_parity(reference: str | Path) -> dict[str, float]:
     reference: .npz of inputs (image, recon, mask, mask_prob, z_mean, z_log_std) and of the authors' values.
     """
     known = read_reference(reference)
-    images, recon, mask, prob = (torch.from_numpy(known[name]).permute(0, 3, 1, 2) for name in ("image", "recon", "mask", "mask_prob"))
-    out = FaceVAEOutput(recon, prob.double().logit().float(), torch.from_numpy(known["z_mean"]), torch.from_numpy(known["z_log_std"]), None)
+    images, recon, mask, prob = (
+        torch.from_numpy(known[name]).permute(0, 3, 1, 2) for name in ("image", "recon", "mask", "mask_prob")
+    )
+    out = FaceVAEOutput(
+        recon,
+        prob.double().logit().float(),
+        torch.from_numpy(known["z_mean"]),
+        torch.from_numpy(known["z_log_std"]),
+        None,
+    )
     plain = weigh(loss_terms(out, images, None, ("ssim", "l1", "l2")))
     masked = weigh(loss_terms(out, images, mask, ("ssim",)))
-    ours = {"ssim_loss": plain["ssim"], "l1_loss": plain["l1"], "l2_loss": plain["l2"], "kl_loss": plain["kl"],
-            "mask_loss": masked["mask_bce"] + masked["mask_dice"]}
+    ours = {
+        "ssim_loss": plain["ssim"],
+        "l1_loss": plain["l1"],
+        "l2_loss": plain["l2"],
+        "kl_loss": plain["kl"],
+        "mask_loss": masked["mask_bce"] + masked["mask_dice"],
+    }
     differences = {name: abs(float(value) / float(known[name]) - 1) for name, value in ours.items()}
     per_image = ssim(pred=recon, target=images).numpy()
     return differences | {"ssim": float(np.abs(per_image - known["ssim"]).max())}

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..core import FaceVAEError
-from .vae import FaceVAEOutput, composite
 from ..config import WEIGHTS
+from ..core import FaceVAEError
 from ..metrics.filters import C1, C2, SSIM_WINDOW, blur
+from .vae import FaceVAEOutput, composite
 
 # %% ../../nbs/08_model/05_losses.ipynb #c0005
 class _MeanSSIM(torch.autograd.Function):
@@ -23,8 +23,10 @@ class _MeanSSIM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, target):
         border = len(SSIM_WINDOW) - 1
-        mean_p, mean_t, squares, products = (blur(images, SSIM_WINDOW) for images in (
-            pred, target, pred.square().addcmul_(target, target), pred * target))  # (B, C, H - 8, W - 8)
+        mean_p, mean_t, squares, products = (
+            blur(images, SSIM_WINDOW)
+            for images in (pred, target, pred.square().addcmul_(target, target), pred * target)
+        )  # (B, C, H - 8, W - 8)
         means, squared_means = mean_p * mean_t, mean_p.square().addcmul_(mean_t, mean_t)
         a1, a2 = 2 * means + C1, products.sub_(means).mul_(2).add_(C2)
         b1, b2 = squared_means + C1, squares.sub_(squared_means).add_(C2)
@@ -32,8 +34,10 @@ class _MeanSSIM(torch.autograd.Function):
         ssim = a1 * a2 * scale
         if ctx.needs_input_grad[0]:
             by_mean = (a2 - a1).mul_(scale).mul_(mean_t).addcmul_(mean_p, ssim * (1 / b2 - 1 / b1)).mul_(2)
-            by_mean, by_squares, by_products = (blur(F.pad(part, (border,) * 4), SSIM_WINDOW) for part in (
-                by_mean, -ssim / b2, a1.mul_(2).mul_(scale)))  # (B, C, H, W)
+            by_mean, by_squares, by_products = (
+                blur(F.pad(part, (border,) * 4), SSIM_WINDOW)
+                for part in (by_mean, -ssim / b2, a1.mul_(2).mul_(scale))
+            )  # (B, C, H, W)
             gradient = by_mean.addcmul_(by_products, target).addcmul_(by_squares, pred, value=2)
             ctx.save_for_backward(gradient.div_(ssim.numel()))
         return ssim.mean()
@@ -63,18 +67,29 @@ def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).mean()
 
 
-def mask_dice_loss(mask_logits: torch.Tensor, mask: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda areas: areas) -> torch.Tensor:
+def mask_dice_loss(
+    mask_logits: torch.Tensor,
+    mask: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda areas: areas,
+) -> torch.Tensor:
     """1 - dice over the whole batch, with squared areas and +1 smoothing (Milletari et al. 2016).
 
     mask_logits: (B, 1, H, W). mask: (B, 1, H, W) in [0, 1]. reduce: adds up areas over processes that share a batch.
     """
     prob = mask_logits.sigmoid()
-    both, area, true_area = reduce(torch.stack([(prob * mask).sum(), prob.square().sum(), mask.square().sum()]))
+    both, area, true_area = reduce(
+        torch.stack([(prob * mask).sum(), prob.square().sum(), mask.square().sum()])
+    )
     return 1 - (2 * both + 1) / (area + true_area + 1)
 
 # %% ../../nbs/08_model/05_losses.ipynb #c0013
-def loss_terms(out: FaceVAEOutput, images: torch.Tensor, mask: torch.Tensor | None, terms: tuple[str, ...],
-               reduce: Callable[[torch.Tensor], torch.Tensor] = lambda areas: areas) -> dict[str, torch.Tensor]:
+def loss_terms(
+    out: FaceVAEOutput,
+    images: torch.Tensor,
+    mask: torch.Tensor | None,
+    terms: tuple[str, ...],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda areas: areas,
+) -> dict[str, torch.Tensor]:
     """The raw value of each term of the objective, as named scalars in 32-bit floats.
 
     out: a model's output. images: (B, 3, H, W) in [0, 1]. mask: the true face mask (B, 1, H, W), or None to train
@@ -86,7 +101,9 @@ def loss_terms(out: FaceVAEOutput, images: torch.Tensor, mask: torch.Tensor | No
         values = {}
         if mask is not None:
             if out.mask_logits is None:
-                raise FaceVAEError("Training with masks needs a model with a mask decoder: set mask_decoder=True.")
+                raise FaceVAEError(
+                    "Training with masks needs a model with a mask decoder: set mask_decoder=True."
+                )
             recon = composite(images, recon, mask)
         values |= {name: IMAGE_LOSSES[name](recon, images) for name in terms}
         values["kl"] = kl_divergence(mean, log_std)

@@ -19,7 +19,10 @@ from ..safe_io import read_bytes
 
 # %% ../../nbs/08_model/03_pretrained.ipynb #c0004
 PAPER = "https://arxiv.org/abs/2112.02139"
-RESEARCH_ONLY = ("celeba", "face-parsing")  # what in a store's origin says that CelebA, or a parser that was trained on it, had a part in it
+RESEARCH_ONLY = (
+    "celeba",
+    "face-parsing",
+)  # what in a store's origin says that CelebA, or a parser that was trained on it, had a part in it
 
 HEAD = """---
 library_name: facevae
@@ -58,7 +61,9 @@ def escape(text: object) -> str:
     """A text with Markdown's and HTML's special characters escaped, in one line, at most 300 characters."""
     text = " ".join(printable(str(text)).split())
     text = text if len(text) <= 300 else text[:297] + "..."
-    text = re.sub(r"([\\|*_`\[\]!#~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    text = re.sub(
+        r"([\\|*_`\[\]!#~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    )
     return re.sub(r"(?i)(https?|www)([:.])", r"\1&#8203;\2", text)  # or it would become a link
 
 # %% ../../nbs/08_model/03_pretrained.ipynb #c0006
@@ -71,12 +76,19 @@ def research_only(origin: Mapping[str, object]) -> bool:
 def licence(origin: Mapping[str, object]) -> tuple[str, str]:
     """The card's licence entry and a paragraph. origin: a store's source and scheme, with its kind under "kind"."""
     if origin.get("kind") == "synthetic":  # its label maps have a parser's scheme, and are drawn too
-        return "apache-2.0", "Apache licence 2.0, as the code. The faces are drawn by a program: they show nobody."
+        return (
+            "apache-2.0",
+            "Apache licence 2.0, as the code. The faces are drawn by a program: they show nobody.",
+        )
     if research_only(origin):
-        return "other", ("Non-commercial research only: the faces, their label maps, or the parser that made these come from CelebA or CelebAMask-HQ, which are for non-commercial "
-                         "research. The code of facevae is under the Apache licence 2.0.")
-    return "other", ("The code of facevae is under the Apache licence 2.0. Which licence the weights can have depends on the photographs that they were trained on: ask whoever packed them. "
-                     "Without an answer, take them as non-commercial.")
+        return "other", (
+            "Non-commercial research only: the faces, their label maps, or the parser that made these come from CelebA or CelebAMask-HQ, which are for non-commercial "
+            "research. The code of facevae is under the Apache licence 2.0."
+        )
+    return "other", (
+        "The code of facevae is under the Apache licence 2.0. Which licence the weights can have depends on the photographs that they were trained on: ask whoever packed them. "
+        "Without an answer, take them as non-commercial."
+    )
 
 
 def metrics_section(metrics: pd.DataFrame | None) -> str:
@@ -84,14 +96,31 @@ def metrics_section(metrics: pd.DataFrame | None) -> str:
     if metrics is None:
         return "## Metrics\n\nIt has not been evaluated.\n\n"
     means = metrics.drop(columns="image").groupby("view", sort=False).mean()
-    lines = ["| view | " + " | ".join(map(escape, means.columns)) + " |", "| --- |" + " ---: |" * len(means.columns)]
-    lines += [f"| {escape(view)} | " + " | ".join("–" if pd.isna(value) else f"{value:.4g}" for value in row) + " |" for view, row in zip(means.index, means.to_numpy())]
-    views = ("`raw` is the decoder's whole frame; `composite` has the background pasted by the true mask; `face` counts the pixels of the face alone; `predicted` is pasted by the "
-             "model's own mask, and has the input's background.")
-    return f"## Metrics\n\nAverages over {metrics['image'].nunique():,} test faces, which training did not see. {views}\n\n" + "\n".join(lines) + "\n\n"
+    lines = [
+        "| view | " + " | ".join(map(escape, means.columns)) + " |",
+        "| --- |" + " ---: |" * len(means.columns),
+    ]
+    lines += [
+        f"| {escape(view)} | " + " | ".join("–" if pd.isna(value) else f"{value:.4g}" for value in row) + " |"
+        for view, row in zip(means.index, means.to_numpy())
+    ]
+    views = (
+        "`raw` is the decoder's whole frame; `composite` has the background pasted by the true mask; `face` counts the pixels of the face alone; `predicted` is pasted by the "
+        "model's own mask, and has the input's background."
+    )
+    return (
+        f"## Metrics\n\nAverages over {metrics['image'].nunique():,} test faces, which training did not see. {views}\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+    )
 
 
-def model_card(title: str, facts: Mapping[str, object], origin: Mapping[str, object] | None = None, metrics: pd.DataFrame | None = None) -> str:
+def model_card(
+    title: str,
+    facts: Mapping[str, object],
+    origin: Mapping[str, object] | None = None,
+    metrics: pd.DataFrame | None = None,
+) -> str:
     """A model card in Markdown.
 
     title: such as "H9 (ssim+l2, with face masks)". facts: what is known, by name. origin: the store's source and scheme, None when it is not known.
@@ -99,9 +128,15 @@ def model_card(title: str, facts: Mapping[str, object], origin: Mapping[str, obj
     """
     tag, paragraph = licence(origin or {})
     table = "\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in facts.items())
-    return (HEAD.format(license=tag) + f"# FaceVAE {escape(title)}\n\nA convolutional variational autoencoder of faces after Toledo and Antonelo, *Face Reconstruction with "
-            f"Variational Autoencoder and Face Masks* ([ENIAC 2021]({PAPER})), trained with facevae.\n\n## How it was made\n\n| | |\n| --- | --- |\n{table}\n\n"
-            + metrics_section(metrics) + USE + INTENDED + f"## Licence\n\n{paragraph}\n")
+    return (
+        HEAD.format(license=tag)
+        + f"# FaceVAE {escape(title)}\n\nA convolutional variational autoencoder of faces after Toledo and Antonelo, *Face Reconstruction with "
+        f"Variational Autoencoder and Face Masks* ([ENIAC 2021]({PAPER})), trained with facevae.\n\n## How it was made\n\n| | |\n| --- | --- |\n{table}\n\n"
+        + metrics_section(metrics)
+        + USE
+        + INTENDED
+        + f"## Licence\n\n{paragraph}\n"
+    )
 
 
 def read_card(folder: str | Path) -> str | None:

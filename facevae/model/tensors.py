@@ -32,16 +32,29 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor], facts: str = "") -> str:
     return digest.hexdigest()
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None
+) -> None:
     """Write tensors of any device and their facts (JSON values) to a safetensors file, with a digest of it all.
 
     Raises OSError or SafetensorError when the disk is full.
     """
-    tensors, text = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(dict(facts or {}))
-    save_file(tensors, path, metadata={KEY: json.dumps({"facts": text, "sha256": tensors_digest(tensors, text)})})
+    tensors, text = (
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        json.dumps(dict(facts or {})),
+    )
+    save_file(
+        tensors, path, metadata={KEY: json.dumps({"facts": text, "sha256": tensors_digest(tensors, text)})}
+    )
 
 # %% ../../nbs/08_model/00_tensors.ipynb #c0007
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
 MOST_HEADER = 16 * 2**20
 
 
@@ -62,7 +75,9 @@ def tensor_shape(path: str | Path, name: str) -> tuple[int, ...]:
             raise ValueError(f"'{name}' has the shape {str(shape)[:60]}")
         return tuple(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FaceVAEError(f"'{path}' cannot be used: {str(error)[:300] or 'its header is damaged'}. Copy the file again.") from None
+        raise FaceVAEError(
+            f"'{path}' cannot be used: {str(error)[:300] or 'its header is damaged'}. Copy the file again."
+        ) from None
 
 
 def _misfit(header: dict[str, Any], expected: Mapping[str, torch.Tensor]) -> str:
@@ -72,13 +87,18 @@ def _misfit(header: dict[str, Any], expected: Mapping[str, torch.Tensor]) -> str
         return f"'{odd[0][:100]}' is {'not expected' if odd[0] in found else 'missing'}"
     for name, tensor in expected.items():
         kind, shape = DTYPES.get(found[name]["dtype"]), found[name]["shape"]
-        if shape != list(tensor.shape) or kind is None or kind.is_floating_point != tensor.dtype.is_floating_point:
+        if (
+            shape != list(tensor.shape)
+            or kind is None
+            or kind.is_floating_point != tensor.dtype.is_floating_point
+        ):
             return f"'{name}' is {str(found[name]['dtype'])[:20]} {str(shape)[:60]} and should be {tensor.dtype} {list(tensor.shape)}"
     return ""
 
 
-def read_tensors(path: str | Path, expected: Mapping[str, torch.Tensor], remedy: str,
-                 digest: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(
+    path: str | Path, expected: Mapping[str, torch.Tensor], remedy: str, digest: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and facts of a safetensors file.
 
     expected: tensors of the names, shapes and types that must be in it; floating-point numbers of another precision are converted.
@@ -92,7 +112,9 @@ def read_tensors(path: str | Path, expected: Mapping[str, torch.Tensor], remedy:
         header, size = _read_header(path)
         if problem := _misfit(header, expected):
             raise ValueError(problem)
-        size += sum(tensor.numel() * DTYPES[header[name]["dtype"]].itemsize for name, tensor in expected.items())
+        size += sum(
+            tensor.numel() * DTYPES[header[name]["dtype"]].itemsize for name, tensor in expected.items()
+        )
         if size != path.stat().st_size:
             raise ValueError(f"it is {path.stat().st_size:,} bytes long and should be {size:,}")
         data = read_bytes(path, size)
@@ -105,7 +127,21 @@ def read_tensors(path: str | Path, expected: Mapping[str, torch.Tensor], remedy:
             raise ValueError("its content differs from its digest")
     except FaceVAEError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError, SafetensorError) as error:
-        why = str(error).splitlines()[0][:300] if isinstance(error, (OSError, ValueError, SafetensorError)) and str(error) else "its header is damaged"
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+        SafetensorError,
+    ) as error:
+        why = (
+            str(error).splitlines()[0][:300]
+            if isinstance(error, (OSError, ValueError, SafetensorError)) and str(error)
+            else "its header is damaged"
+        )
         raise FaceVAEError(f"'{path}' cannot be used: {why}. {remedy}") from None
     return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}, facts

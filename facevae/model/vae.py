@@ -18,14 +18,12 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from pydantic import ValidationError
 from torch import nn
 
-from .batch_norm import BatchNorm
-from .pretrained import model_card, read_card
-from ..core import FaceVAEError
-from ..data.store import SIZES
 from ..config import ModelConfig
-from .inference import reconstruct
-from .inference import to_onnx
-from ..core import COMPANIONS, model_folder, shipped_models
+from ..core import COMPANIONS, FaceVAEError, model_folder, shipped_models
+from ..data.store import SIZES
+from .batch_norm import BatchNorm
+from .inference import reconstruct, to_onnx
+from .pretrained import model_card, read_card
 from .tensors import read_tensors, save_tensors
 from ..safe_io import read_object
 
@@ -34,8 +32,11 @@ class Block(nn.Sequential):
     """Convolution 3x3 'same', batch normalisation, ELU: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                         BatchNorm(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            BatchNorm(out_channels, eps=1e-3, momentum=0.01),
+            nn.ELU(inplace=True),
+        )
 
 # %% ../../nbs/08_model/04_vae.ipynb #c0007
 class Upsample(nn.Sequential):
@@ -45,22 +46,27 @@ class Upsample(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int, crop: bool = True):
-        super().__init__(nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2),
-                         BatchNorm(out_channels, eps=1e-3, momentum=0.01), nn.ELU(inplace=True))
+        super().__init__(
+            nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2),
+            BatchNorm(out_channels, eps=1e-3, momentum=0.01),
+            nn.ELU(inplace=True),
+        )
         self.crop = crop
 
     def forward(self, inputs):
         conv, norm, activation = self
         outputs = conv(inputs)  # (B, C, 2n + 1, 2n + 1)
         if self.crop:
-            outputs = F.pad(outputs, (0, -1, 0, -1))  # a copy: of a slice, batch normalisation's gradient takes several times as long
+            outputs = F.pad(
+                outputs, (0, -1, 0, -1)
+            )  # a copy: of a slice, batch normalisation's gradient takes several times as long
         return activation(norm(outputs))
 
 # %% ../../nbs/08_model/04_vae.ipynb #c0010
 def _outer(stages: list, size: int, repeat) -> list:
     """The stages between `size` and the 9 x 9 grid, outermost first; sizes above 144 repeat the outermost."""
     count = SIZES.index(size) + 2
-    return [repeat] * (count - len(stages)) + stages[max(0, len(stages) - count):]
+    return [repeat] * (count - len(stages)) + stages[max(0, len(stages) - count) :]
 
 
 def _encoder(config: ModelConfig) -> nn.Sequential:
@@ -95,6 +101,7 @@ def _decoder(config: ModelConfig, out_channels: int, slim: int | None = None) ->
 # %% ../../nbs/08_model/04_vae.ipynb #c0012
 class FaceVAEOutput(NamedTuple):
     """What a FaceVAE gives for a batch of B pictures."""
+
     recon: torch.Tensor  # (B, 3, H, W) in [0, 1], the image decoder's whole frame
     mask_logits: torch.Tensor | None  # (B, 1, H, W), None without a mask decoder
     mean: torch.Tensor  # (B, latent_dim)
@@ -102,12 +109,16 @@ class FaceVAEOutput(NamedTuple):
     latents: torch.Tensor  # (B, latent_dim), what was decoded
 
 
-class FaceVAE(nn.Module, PyTorchModelHubMixin,
-              coders={ModelConfig: (lambda config: config.model_dump(), ModelConfig.model_validate)}):
+class FaceVAE(
+    nn.Module,
+    PyTorchModelHubMixin,
+    coders={ModelConfig: (lambda config: config.model_dump(), ModelConfig.model_validate)},
+):
     """Convolutional VAE of faces with an optional face-mask decoder (Toledo & Antonelo 2021).
 
     config: a ModelConfig; the default is the paper's network, 9,328,228 trainable parameters.
     """
+
     reconstruct, to_onnx = reconstruct, to_onnx
 
     def __init__(self, config: ModelConfig = ModelConfig()):
@@ -131,12 +142,16 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
         """
         expected = (3, self.config.size, self.config.size)
         if tuple(images.shape[1:]) != expected:
-            raise FaceVAEError(f"This model takes images of shape (B, {', '.join(map(str, expected))}), not "
-                               f"{tuple(images.shape)}. Resize them, or load a model of that size.")
+            raise FaceVAEError(
+                f"This model takes images of shape (B, {', '.join(map(str, expected))}), not "
+                f"{tuple(images.shape)}. Resize them, or load a model of that size."
+            )
         features = self.hidden(self.encoder(images).flatten(1))  # (B, 512)
         return self.mean(features), self.log_std(features)
 
-    def sample(self, mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(
+        self, mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Draw latents (B, latent_dim) by the model's sampling rule; noise: standard normal, drawn when None."""
         noise = torch.randn_like(mean) if noise is None else noise.to(mean)
         return mean + noise * (log_std.exp() if self.config.sampling == "gaussian" else log_std)
@@ -147,8 +162,9 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
         mask_logits = self.mask_decoder(grid) if self.mask_decoder is not None else None
         return self.image_decoder(grid).sigmoid(), mask_logits
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor | None = None,
-                sample: bool | None = None) -> FaceVAEOutput:
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor | None = None, sample: bool | None = None
+    ) -> FaceVAEOutput:
         """Encode, draw or take the mean, decode.
 
         images: (B, 3, H, W) in [0, 1]. noise: (B, latent_dim) standard normal, drawn when None.
@@ -173,28 +189,40 @@ class FaceVAE(nn.Module, PyTorchModelHubMixin,
         if os.path.lexists(folder):
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise FaceVAEError(f"'{path}' is not a saved FaceVAE: it lacks {' and '.join(missing)}. "
-                                   "Give the model/ folder of a finished run.")
+                raise FaceVAEError(
+                    f"'{path}' is not a saved FaceVAE: it lacks {' and '.join(missing)}. "
+                    "Give the model/ folder of a finished run."
+                )
             config_path, weights_path = (folder / name for name in names)
         elif len(folder.parts) != 2 or folder.parent.is_dir():
-            raise FaceVAEError(f"There is no directory '{path}'. Give the model/ folder of a finished run, a model that ships with facevae "
-                               f"({', '.join(shipped_models())}), or a hub id of the form owner/name.")
+            raise FaceVAEError(
+                f"There is no directory '{path}'. Give the model/ folder of a finished run, a model that ships with facevae "
+                f"({', '.join(shipped_models())}), or a hub id of the form owner/name."
+            )
         else:
             try:
-                config_path, weights_path = (Path(hf_hub_download(str(path), name, **kwargs)) for name in names)
+                config_path, weights_path = (
+                    Path(hf_hub_download(str(path), name, **kwargs)) for name in names
+                )
                 for name in COMPANIONS:
                     with contextlib.suppress(Exception):  # few models have all
                         hf_hub_download(str(path), name, **kwargs)
             except Exception as error:  # its errors have no common base in the versions in use
-                raise FaceVAEError(f"There is no directory '{path}', and no such model can be fetched from the hub ({error}). "
-                                   "Give the model/ folder of a finished run, or a hub id of the form owner/name.") from error
+                raise FaceVAEError(
+                    f"There is no directory '{path}', and no such model can be fetched from the hub ({error}). "
+                    "Give the model/ folder of a finished run, or a hub id of the form owner/name."
+                ) from error
         remedy = "Copy the folder again, or train again."
         try:
             config = ModelConfig.model_validate(read_object(config_path, remedy))
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()[:5])
-            raise FaceVAEError(f"'{path}' holds a config.json that is not a FaceVAE's ({problems}). "
-                               "Give a folder written by FaceVAE.save_pretrained.") from error
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()[:5]
+            )
+            raise FaceVAEError(
+                f"'{path}' holds a config.json that is not a FaceVAE's ({problems}). "
+                "Give a folder written by FaceVAE.save_pretrained."
+            ) from error
         with torch.device("meta"):
             vae = cls(config)
         weights, _ = read_tensors(weights_path, vae.state_dict(), remedy)

@@ -43,7 +43,9 @@ class AttentionRefinement(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = self.conv(x)
-        gate = self.bn_atten(self.conv_atten(features.mean((2, 3), keepdim=True))).sigmoid()  # (B, width, 1, 1)
+        gate = self.bn_atten(
+            self.conv_atten(features.mean((2, 3), keepdim=True))
+        ).sigmoid()  # (B, width, 1, 1)
         return features * gate
 
 
@@ -55,12 +57,18 @@ class ContextPath(nn.Module):
         self.resnet = resnet18()
         del self.resnet.avgpool, self.resnet.fc
         self.arm16, self.arm32 = AttentionRefinement(256, 128), AttentionRefinement(512, 128)
-        self.conv_head32, self.conv_head16, self.conv_avg = ConvBlock(128, 128), ConvBlock(128, 128), ConvBlock(512, 128, kernel=1)
+        self.conv_head32, self.conv_head16, self.conv_avg = (
+            ConvBlock(128, 128),
+            ConvBlock(128, 128),
+            ConvBlock(512, 128, kernel=1),
+        )
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features of the backbone (B, 128, H/8, W/8); context (B, 128, H/8, W/8); coarse context (B, 128, H/16, W/16)."""
         net = self.resnet
-        features8 = net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images))))))  # (B, 128, H/8, W/8)
+        features8 = net.layer2(
+            net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
+        )  # (B, 128, H/8, W/8)
         features16 = net.layer3(features8)  # (B, 256, H/16, W/16)
         features32 = net.layer4(features16)  # (B, 512, H/32, W/32)
         everywhere = self.conv_avg(features32.mean((2, 3), keepdim=True))  # (B, 128, 1, 1)
@@ -76,7 +84,10 @@ class FeatureFusion(nn.Module):
     def __init__(self, width: int = 256):
         super().__init__()
         self.convblk = ConvBlock(width, width, kernel=1)
-        self.conv1, self.conv2 = nn.Conv2d(width, width // 4, 1, bias=False), nn.Conv2d(width // 4, width, 1, bias=False)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(width, width // 4, 1, bias=False),
+            nn.Conv2d(width // 4, width, 1, bias=False),
+        )
 
     def forward(self, features: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         joined = self.convblk(torch.cat([features, context], dim=1))  # (B, 256, H/8, W/8)
@@ -102,7 +113,11 @@ class BiSeNet(nn.Module):
     def __init__(self, classes: int = 19):
         super().__init__()
         self.cp, self.ffm = ContextPath(), FeatureFusion()
-        self.conv_out, self.conv_out16, self.conv_out32 = Head(256, 256, classes), Head(128, 64, classes), Head(128, 64, classes)
+        self.conv_out, self.conv_out16, self.conv_out32 = (
+            Head(256, 256, classes),
+            Head(128, 64, classes),
+            Head(128, 64, classes),
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B, classes, H/8, W/8) of normalised pictures (B, 3, H, W). It was trained to have them stretched with aligned corners."""
@@ -122,17 +137,30 @@ def fetch_bisenet(progress: bool = True) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=progress)  # to a file beside it, renamed when its digest is right
-    except (OSError, RuntimeError, ValueError) as error:  # no network, a page instead of the file, a full disk
-        raise FaceVAEError(f"The weights of the parser 'bisenet' could not be fetched ({str(error)[:300]}). Fetch {URL} ({BYTES:,} bytes, sha256 {SHA256}) "
-                           f"by other means, and name the file with --weights FILE or put it at '{path}'.") from None
+        torch.hub.download_url_to_file(
+            URL, str(path), hash_prefix=SHA256, progress=progress
+        )  # to a file beside it, renamed when its digest is right
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no network, a page instead of the file, a full disk
+        raise FaceVAEError(
+            f"The weights of the parser 'bisenet' could not be fetched ({str(error)[:300]}). Fetch {URL} ({BYTES:,} bytes, sha256 {SHA256}) "
+            f"by other means, and name the file with --weights FILE or put it at '{path}'."
+        ) from None
     return path
 
 # %% ../../nbs/05_parsing/01_bisenet.ipynb #c0014
 MOST_BYTES = 4 * BYTES
 
 
-def load_bisenet(weights: str | Path | None = None, any_weights: bool = False, device: str | torch.device = "cpu", precision: str = "fp32") -> FaceParser:
+def load_bisenet(
+    weights: str | Path | None = None,
+    any_weights: bool = False,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> FaceParser:
     """The parser of face-parsing.PyTorch.
 
     weights: a file, or None to fetch it. any_weights: accept other weights than those it was published with.
@@ -142,9 +170,21 @@ def load_bisenet(weights: str | Path | None = None, any_weights: bool = False, d
     data, digest = read_weights(path, SHA256, MOST_BYTES, any_weights)
     network = BiSeNet(len(SCHEMES["face-parsing"]))
     try:
-        network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), strict=True)
+        network.load_state_dict(
+            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), strict=True
+        )
     except Exception as error:  # a file of somebody else's can fail in any way
-        raise FaceVAEError(f"'{path}' does not hold weights of the parser 'bisenet' ({' '.join(str(error).split())[:300]}). Name another file with --weights.") from None
+        raise FaceVAEError(
+            f"'{path}' does not hold weights of the parser 'bisenet' ({' '.join(str(error).split())[:300]}). Name another file with --weights."
+        ) from None
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return FaceParser("bisenet", network, SCHEMES["face-parsing"], digest, REVISION if digest == SHA256 else None, align_corners=True,
-                      device=device, precision=precision)
+    return FaceParser(
+        "bisenet",
+        network,
+        SCHEMES["face-parsing"],
+        digest,
+        REVISION if digest == SHA256 else None,
+        align_corners=True,
+        device=device,
+        precision=precision,
+    )

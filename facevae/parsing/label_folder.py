@@ -9,28 +9,57 @@ __all__ = ['SIDE', 'WEIGHTS', 'LEAST_FACE', 'MOST_FACE', 'COLUMNS', 'RECORD', 'T
            'Stages', 'in_lists', 'check_folders', 'parse_folder']
 
 # %% ../../nbs/05_parsing/03_label_folder.ipynb #c0003
-from collections.abc import Sequence
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 from PIL import Image
 from scipy import ndimage
 
-from ..data.labels import heights
-from ..data.labels import CLASSES, class_ids
+from .. import __version__
+from ..core import IN_THE_WAY, FaceVAEError, atomic_file, choices, printable, progress_bar, write_text
 from ..data.images import UnusableInput, read_labels, read_picture
+from ..data.labels import CLASSES, class_ids, heights
+from ..data.packing import Skipped
+from ..data.sources import SUFFIXES, list_files, map_ahead, stem
 from ..data.store import contact_sheet
+from .bisenet import load_bisenet
+from .parser import FaceParser, Parser
+from .segformer import load_segformer
+from ..safe_io import inside, name_problem, read_bytes, read_object
 
 # %% ../../nbs/05_parsing/03_label_folder.ipynb #c0005
 SIDE = 256
-WEIGHTS = {"skin": 1.0, "eyes": 1.0, "nose": 1.0, "lips": 1.0, "brows": 0.25}  # doubt when the part is missing
-LEAST_FACE, MOST_FACE = 0.1, 0.95  # share of the picture beyond which doubt begins; aligned CelebA faces take about a third
+WEIGHTS = {
+    "skin": 1.0,
+    "eyes": 1.0,
+    "nose": 1.0,
+    "lips": 1.0,
+    "brows": 0.25,
+}  # doubt when the part is missing
+LEAST_FACE, MOST_FACE = (
+    0.1,
+    0.95,
+)  # share of the picture beyond which doubt begins; aligned CelebA faces take about a third
 COLUMNS = ("name", "face", "components", "largest", "ordered", "missing", "doubt")
 
 
 def nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     """A label map (H, W) at another size, each pixel from the nearest one."""
-    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape))
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape)
+    )
     return labels[np.ix_(rows, columns)]
 
 
@@ -48,18 +77,28 @@ def judge(labels: np.ndarray) -> dict:
     share = float(face.mean())
     largest = float(np.bincount(pieces.ravel())[1:].max() / face.sum()) if components else 0.0
     down = {part: float(row[0]) for part, row in heights(labels[None]).items()}
-    found = {part for part, row in down.items() if not np.isnan(row)} | ({"skin"} if (labels == CLASSES.index("skin")).any() else set())
+    found = {part for part, row in down.items() if not np.isnan(row)} | (
+        {"skin"} if (labels == CLASSES.index("skin")).any() else set()
+    )
     found |= {"eyes"} if (labels == CLASSES.index("eye_g")).any() else set()
     missing = [part for part in WEIGHTS if part not in found]
     rows = [down[part] for part in ("eyes", "nose", "lips") if not np.isnan(down[part])]
     ordered = rows == sorted(rows)
     size = max(0.0, 1 - share / LEAST_FACE) + max(0.0, (share - MOST_FACE) / (1 - MOST_FACE))
     doubt = sum(WEIGHTS[part] for part in missing) + (not ordered) + (1 - largest) + size
-    return {"face": round(share, 4), "components": int(components), "largest": round(largest, 4), "ordered": ordered,
-            "missing": " ".join(missing), "doubt": round(doubt, 4)}
+    return {
+        "face": round(share, 4),
+        "components": int(components),
+        "largest": round(largest, 4),
+        "ordered": ordered,
+        "missing": " ".join(missing),
+        "doubt": round(doubt, 4),
+    }
 
 # %% ../../nbs/05_parsing/03_label_folder.ipynb #c0010
-def doubtful_sheet(images: Path, labels: Path, names: Sequence[str], label_names: Sequence[str], size: int = 144) -> Image.Image | None:
+def doubtful_sheet(
+    images: Path, labels: Path, names: Sequence[str], label_names: Sequence[str], size: int = 144
+) -> Image.Image | None:
     """Pictures side by side, tinted by their label maps; None when none of them can be read.
 
     images, labels: folders. names, label_names: of pictures and of their label maps in them. size: side of each in pixels.
@@ -67,30 +106,21 @@ def doubtful_sheet(images: Path, labels: Path, names: Sequence[str], label_names
     faces = []
     for name, label_name in zip(names, label_names):
         try:
-            faces.append((read_picture(images / name, size)[0], read_labels(labels / label_name, "face-parsing", size)))
+            faces.append(
+                (read_picture(images / name, size)[0], read_labels(labels / label_name, "face-parsing", size))
+            )
         except UnusableInput:  # it is gone, or was replaced since
             continue
     return contact_sheet(*map(np.stack, zip(*faces))) if faces else None
 
-# %% ../../nbs/05_parsing/03_label_folder.ipynb #c0014
-import contextlib
-import fcntl
-import io
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-from PIL import Image
-
-from ..core import FaceVAEError, atomic_file
-from ..data.sources import stem
-from ..safe_io import inside, read_bytes, read_object
-
 # %% ../../nbs/05_parsing/03_label_folder.ipynb #c0016
 RECORD, TABLE, SHEET, SKIPPED = "parsing.json", "quality.csv", "doubtful.jpg", "skipped.csv"
-IDENTITY = {"scheme": "--parser", "parser": "--parser", "weights_sha256": "--weights", "size": "--weights"}  # what must stay, and the option that decides it
+IDENTITY = {
+    "scheme": "--parser",
+    "parser": "--parser",
+    "weights_sha256": "--weights",
+    "size": "--weights",
+}  # what must stay, and the option that decides it
 
 
 @contextlib.contextmanager
@@ -102,8 +132,12 @@ def alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FaceVAEError(f"Another process is writing label maps to '{out}'. Wait for it, or choose another --out.") from None
-        except OSError:  # a file system without locks: two processes would do some of the work twice, and no harm
+            raise FaceVAEError(
+                f"Another process is writing label maps to '{out}'. Wait for it, or choose another --out."
+            ) from None
+        except (
+            OSError
+        ):  # a file system without locks: two processes would do some of the work twice, and no harm
             pass
         yield
     finally:
@@ -114,13 +148,17 @@ def check_record(out: Path, record: dict) -> None:
     """Raise FaceVAEError unless a directory is empty, or its label maps were made as `record` says."""
     if not os.path.lexists(out / RECORD):
         if found := sorted(name for name in os.listdir(out) if not name.startswith(".")):
-            raise FaceVAEError(f"'{out}' is not empty, and no directory of label maps: it holds '{found[0]}' and no {RECORD}. Choose another --out.")
+            raise FaceVAEError(
+                f"'{out}' is not empty, and no directory of label maps: it holds '{found[0]}' and no {RECORD}. Choose another --out."
+            )
         return
     before = read_object(out / RECORD, "Choose another --out.", most=2**20)
     for key, option in IDENTITY.items():
         if before.get(key) != record[key]:
-            raise FaceVAEError(f"'{out}' holds label maps that were made otherwise: {key} is '{str(before.get(key))[:100]}' there, and '{record[key]}' here. "
-                               f"Choose another --out, or the {option} that they were made with.")
+            raise FaceVAEError(
+                f"'{out}' holds label maps that were made otherwise: {key} is '{str(before.get(key))[:100]}' there, and '{record[key]}' here. "
+                f"Choose another --out, or the {option} that they were made with."
+            )
 
 # %% ../../nbs/05_parsing/03_label_folder.ipynb #c0020
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -134,7 +172,9 @@ def label_name(name: str) -> str:
 def is_whole(path: Path) -> bool:
     """Whether a PNG is there to its end."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would be waited for
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:  # a pipe would be waited for
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
     except OSError:
@@ -163,7 +203,9 @@ def read_quality(out: Path, names: Sequence[str]) -> pd.DataFrame:
     """The whole rows of `quality.csv`, at most one a name; none when it is missing or damaged, because it can be made again."""
     try:
         data = read_bytes(out / TABLE, MOST_TABLE)
-        table = pd.read_csv(io.BytesIO(data[:data.rfind(b"\n") + 1]), keep_default_na=False, dtype=TYPES)  # the last row may be half there
+        table = pd.read_csv(
+            io.BytesIO(data[: data.rfind(b"\n") + 1]), keep_default_na=False, dtype=TYPES
+        )  # the last row may be half there
         if tuple(table.columns) != COLUMNS:
             raise ValueError("other columns")
     except Exception:  # a file of somebody else's can fail in any way
@@ -176,37 +218,17 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     with atomic_file(path) as file:
         table.to_csv(file, index=False)
 
-# %% ../../nbs/05_parsing/03_label_folder.ipynb #c0027
-import contextlib
-import csv
-import errno
-import json
-import math
-import os
-from collections.abc import Generator, Iterable
-from itertools import chain, islice
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import torch
-
-from .. import __version__
-from ..core import IN_THE_WAY, FaceVAEError, atomic_file, choices, printable, progress_bar, write_text
-from ..data.packing import Skipped
-from .parser import FaceParser, Parser
-from .bisenet import load_bisenet
-from .segformer import load_segformer
-from ..data.images import UnusableInput, read_labels, read_picture
-from ..data.sources import SUFFIXES, list_files, map_ahead, stem
-from ..safe_io import inside, name_problem
-
 # %% ../../nbs/05_parsing/03_label_folder.ipynb #c0028
 LOADERS = {"bisenet": load_bisenet, "segformer": load_segformer}
 
 
-def load_parser(name: str = "bisenet", weights: str | Path | None = None, any_weights: bool = False, device: str | torch.device = "cpu",
-                precision: str = "fp32") -> FaceParser:
+def load_parser(
+    name: str = "bisenet",
+    weights: str | Path | None = None,
+    any_weights: bool = False,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> FaceParser:
     """A parser by its name. See `load_bisenet` and `load_segformer`; raises FaceVAEError for another name."""
     if name not in LOADERS:
         raise FaceVAEError(f"Unknown parser '{name}'. {choices(name, LOADERS)}")
@@ -221,13 +243,24 @@ class Stages:
     """
 
     def __init__(self, images: Path, out: Path, parser: Parser, names: list[str]):
-        self.images, self.out, self.parser, self.names, self.unusable, seen = images, out, parser, [], [], set()
+        self.images, self.out, self.parser, self.names, self.unusable, seen = (
+            images,
+            out,
+            parser,
+            [],
+            [],
+            set(),
+        )
         shared = {part for part in map(stem, names) if part in seen or seen.add(part)}
         for name in names:
             if problem := name_problem(name):
                 self.unusable.append(Skipped(name, problem))
             elif stem(name) in shared:
-                self.unusable.append(Skipped(name, "pictures share one label map", "two of this name differ only in their suffix"))
+                self.unusable.append(
+                    Skipped(
+                        name, "pictures share one label map", "two of this name differ only in their suffix"
+                    )
+                )
             else:
                 self.names.append(name)
 
@@ -242,7 +275,9 @@ class Stages:
         """What `read` gave for a batch, with ids, uint8 (S, S), in place of the pictures."""
         good = [item for item in batch if not isinstance(item, Skipped)]
         ids = self.parser(np.stack([picture for _, picture, _ in good])).cpu().numpy() if good else ()
-        return [item for item in batch if isinstance(item, Skipped)] + [(name, labels, size) for (name, _, size), labels in zip(good, ids)]
+        return [item for item in batch if isinstance(item, Skipped)] + [
+            (name, labels, size) for (name, _, size), labels in zip(good, ids)
+        ]
 
     def write(self, item: tuple | Skipped) -> dict | Skipped:
         """Write the label map of what `parse` gave; returns its row of the table."""
@@ -271,7 +306,9 @@ def in_lists(items: Iterable, size: int) -> Generator[list]:
 MOST_DOUBTFUL = 64  # on the sheet
 
 
-def _run(stages: Stages, batch_size: int, workers: int, max_bad: float, progress: bool, record: dict) -> list[Skipped]:
+def _run(
+    stages: Stages, batch_size: int, workers: int, max_bad: float, progress: bool, record: dict
+) -> list[Skipped]:
     """Write the label maps and rows that are missing; returns what was skipped."""
     out, names, skipped, broken = stages.out, stages.names, stages.unusable[:], []
     total = len(names) + len(skipped)
@@ -284,14 +321,34 @@ def _run(stages: Stages, batch_size: int, workers: int, max_bad: float, progress
     del table
     ahead = -(-2 * batch_size // workers)
     with contextlib.ExitStack() as stack:
-        def threads(*arguments): return stack.enter_context(contextlib.closing(map_ahead(*arguments)))
 
-        again = threads(stages.judge_again, (name for name, wanted in zip(names, done & ~judged) if wanted), workers)
-        pictures = threads(stages.read, chain((name for name, there in zip(names, done) if not there), broken), workers, ahead)
+        def threads(*arguments):
+            return stack.enter_context(contextlib.closing(map_ahead(*arguments)))
+
+        again = threads(
+            stages.judge_again, (name for name, wanted in zip(names, done & ~judged) if wanted), workers
+        )
+        pictures = threads(
+            stages.read,
+            chain((name for name, there in zip(names, done) if not there), broken),
+            workers,
+            ahead,
+        )
         batches = threads(stages.parse, in_lists(pictures, batch_size), 1, 2)
         written = threads(stages.write, chain.from_iterable(batches), workers, ahead)
-        rows = csv.DictWriter(stack.enter_context(open(inside(out, TABLE), "a", newline="", encoding="utf-8", buffering=1)), COLUMNS)
-        bar = stack.enter_context(progress_bar(total, f"parsing {printable(stages.images.name)}", "image", progress, done=len(skipped) + int((done & judged).sum())))
+        rows = csv.DictWriter(
+            stack.enter_context(open(inside(out, TABLE), "a", newline="", encoding="utf-8", buffering=1)),
+            COLUMNS,
+        )
+        bar = stack.enter_context(
+            progress_bar(
+                total,
+                f"parsing {printable(stages.images.name)}",
+                "image",
+                progress,
+                done=len(skipped) + int((done & judged).sum()),
+            )
+        )
         for result in chain(again, written):
             if isinstance(result, str):  # it has an end and is damaged all the same: parsed anew
                 broken.append(result)
@@ -311,14 +368,23 @@ def _verdict(out: Path, count: int, skipped: list[Skipped], total: int, max_bad:
     if not skipped:
         (out / SKIPPED).unlink(missing_ok=True)
         return
-    write_table(out / SKIPPED, pd.DataFrame([(printable(bad.name), printable(bad.reason)) for bad in skipped], columns=["name", "reason"]))
+    write_table(
+        out / SKIPPED,
+        pd.DataFrame(
+            [(printable(bad.name), printable(bad.reason)) for bad in skipped], columns=["name", "reason"]
+        ),
+    )
     if count and len(skipped) <= max_bad * total + 1e-9:
         return
-    first = "; ".join(printable(f"{bad.name}: {bad.reason}") for bad in skipped[:5]) + ("; and others" if len(skipped) > 5 else "")
+    first = "; ".join(printable(f"{bad.name}: {bad.reason}") for bad in skipped[:5]) + (
+        "; and others" if len(skipped) > 5 else ""
+    )
     allowed = min(1.0, math.ceil(100 * len(skipped) / total) / 100)
     remedy = f", or skip them all with --max-bad {allowed:g} (allowed was {max_bad:g})" if count else ""
     so_far = " so far" if count + len(skipped) < total else ""
-    raise FaceVAEError(f"{len(skipped)} of {total} pictures cannot be parsed{so_far} ('{SKIPPED}' lists them). {first}. Mend or remove them{remedy}.")
+    raise FaceVAEError(
+        f"{len(skipped)} of {total} pictures cannot be parsed{so_far} ('{SKIPPED}' lists them). {first}. Mend or remove them{remedy}."
+    )
 
 
 def _finish(stages: Stages, skipped: list[Skipped], max_bad: float, record: dict) -> dict:
@@ -331,7 +397,12 @@ def _finish(stages: Stages, skipped: list[Skipped], max_bad: float, record: dict
     if sheet := doubtful_sheet(stages.images, out, worst, worst.map(label_name)):
         with atomic_file(out / SHEET) as file:
             sheet.save(file, "JPEG", quality=90)
-    record |= {"count": len(table), "skipped": len(skipped), "doubtful": int((table["doubt"] >= 1).sum()), "complete": True}
+    record |= {
+        "count": len(table),
+        "skipped": len(skipped),
+        "doubtful": int((table["doubt"] >= 1).sum()),
+        "complete": True,
+    }
     os.sync()  # nothing is called complete before the disk has it
     write_text(out / RECORD, json.dumps(record, indent=1))
     return record
@@ -341,16 +412,29 @@ def check_folders(images: str | Path, out: str | Path, max_bad: float) -> tuple[
     """The two folders, resolved. Raises FaceVAEError for arguments of `parse_folder` that cannot work, before any weights are fetched."""
     images, out = Path(os.path.realpath(images)), Path(os.path.realpath(out))
     if not images.is_dir():
-        raise FaceVAEError(f"--images: there is no folder '{images}'. Name the folder that holds the pictures.")
+        raise FaceVAEError(
+            f"--images: there is no folder '{images}'. Name the folder that holds the pictures."
+        )
     if images.is_relative_to(out):
-        raise FaceVAEError(f"--out: '{out}' holds the pictures themselves, which label maps could replace. Choose another directory.")
+        raise FaceVAEError(
+            f"--out: '{out}' holds the pictures themselves, which label maps could replace. Choose another directory."
+        )
     if not 0 <= max_bad <= 1:
-        raise FaceVAEError(f"--max-bad is a share between 0 and 1, for example 0.01 for 1 %, not {max_bad:g}.")
+        raise FaceVAEError(
+            f"--max-bad is a share between 0 and 1, for example 0.01 for 1 %, not {max_bad:g}."
+        )
     return images, out
 
 
-def parse_folder(images: str | Path, out: str | Path, parser: Parser, batch_size: int = 16, workers: int = 2, max_bad: float = 0.01,
-                 progress: bool = True) -> dict:
+def parse_folder(
+    images: str | Path,
+    out: str | Path,
+    parser: Parser,
+    batch_size: int = 16,
+    workers: int = 2,
+    max_bad: float = 0.01,
+    progress: bool = True,
+) -> dict:
     """Write a label map for every picture of a folder and its subfolders, as far as they are not there; returns what `parsing.json` says.
 
     images: folder of JPEG, PNG, WebP or BMP files. out: directory of label maps, new or begun before. parser: see `load_parser`.
@@ -361,18 +445,36 @@ def parse_folder(images: str | Path, out: str | Path, parser: Parser, batch_size
     names = list_files(images, SUFFIXES, out)
     if not names:
         raise FaceVAEError(f"--images: the folder '{images}' holds no pictures ({', '.join(SUFFIXES)}).")
-    record = {"scheme": parser.scheme, "parser": parser.name, "weights_sha256": parser.weights_sha256, "revision": parser.revision, "size": parser.size,
-              "facevae": __version__, "count": 0, "skipped": 0, "doubtful": 0, "complete": False}
+    record = {
+        "scheme": parser.scheme,
+        "parser": parser.name,
+        "weights_sha256": parser.weights_sha256,
+        "revision": parser.revision,
+        "size": parser.size,
+        "facevae": __version__,
+        "count": 0,
+        "skipped": 0,
+        "doubtful": 0,
+        "complete": False,
+    }
     try:
         with alone(out):
             check_record(out, record)
             stages = Stages(images, out, parser, names)
-            return _finish(stages, _run(stages, batch_size, workers, max_bad, progress, record), max_bad, record)
+            return _finish(
+                stages, _run(stages, batch_size, workers, max_bad, progress, record), max_bad, record
+            )
     except torch.OutOfMemoryError:
-        raise FaceVAEError(f"The device has not enough memory for {batch_size} pictures at a time. Give a smaller --batch-size.") from None
+        raise FaceVAEError(
+            f"The device has not enough memory for {batch_size} pictures at a time. Give a smaller --batch-size."
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FaceVAEError(f"There is no space left for label maps in '{out}'. Free some and give the same command again: it goes on where it stopped.") from None
+            raise FaceVAEError(
+                f"There is no space left for label maps in '{out}'. Free some and give the same command again: it goes on where it stopped."
+            ) from None
         if error.errno in IN_THE_WAY:
-            raise FaceVAEError(f"Label maps cannot be written to '{out}' ({error.strerror}: '{error.filename}'). Choose another --out.") from None
+            raise FaceVAEError(
+                f"Label maps cannot be written to '{out}' ({error.strerror}: '{error.filename}'). Choose another --out."
+            ) from None
         raise

@@ -29,6 +29,7 @@ class Parser(Protocol):
     name: a short one. scheme: how its results number the classes. weights_sha256: digest of the file of weights.
     revision: which published weights they are, or None for others. size: side of the pictures that it looks at, in pixels.
     """
+
     name: str
     scheme: str
     weights_sha256: str
@@ -42,7 +43,12 @@ class Parser(Protocol):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def squash(pictures: torch.Tensor, size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> torch.Tensor:
+def squash(
+    pictures: torch.Tensor,
+    size: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> torch.Tensor:
     """Pictures as a network wants them: square, and normalised by the mean and standard deviation of each colour.
 
     pictures: uint8 (B, H, W, 3). size: side of the result in pixels. Returns float32 (B, 3, size, size).
@@ -61,7 +67,9 @@ def largest(logits: torch.Tensor, size: int, align_corners: bool = False) -> tor
     """
     best = winner = None
     for index, plane in enumerate(logits.float().split(1, dim=1)):
-        plane = F.interpolate(plane, (size, size), mode="bilinear", align_corners=align_corners)[:, 0]  # (B, size, size)
+        plane = F.interpolate(plane, (size, size), mode="bilinear", align_corners=align_corners)[
+            :, 0
+        ]  # (B, size, size)
         if best is None:
             best, winner = plane, torch.zeros_like(plane, dtype=torch.uint8)
         else:
@@ -77,17 +85,45 @@ class FaceParser:
     weights_sha256, revision: see `Parser`. size, mean, std: see `squash`. align_corners: see `largest`. device: where it runs. precision: "fp32" or "bf16".
     Raises FaceVAEError for a class that `labels.CLASSES` does not have.
     """
+
     scheme = SCHEME
 
-    def __init__(self, name: str, network: Callable, classes: Sequence[str], weights_sha256: str, revision: str | None = None, size: int = 512,
-                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, align_corners: bool = False,
-                 device: str | torch.device = "cpu", precision: str = "fp32"):
+    def __init__(
+        self,
+        name: str,
+        network: Callable,
+        classes: Sequence[str],
+        weights_sha256: str,
+        revision: str | None = None,
+        size: int = 512,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        align_corners: bool = False,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+    ):
         for part in classes:
             if part not in CLASSES:
-                raise FaceVAEError(f"The parser '{name}' has a class '{part}', which is not a part of a face label map. {choices(part, CLASSES)}")
-        self.name, self.network, self.weights_sha256, self.revision, self.size = name, network, weights_sha256, revision, size
-        self.mean, self.std, self.align_corners, self.device, self.precision = mean, std, align_corners, torch.device(device), precision
-        self.table = torch.tensor([CLASSES.index(part) for part in classes], dtype=torch.uint8, device=self.device)
+                raise FaceVAEError(
+                    f"The parser '{name}' has a class '{part}', which is not a part of a face label map. {choices(part, CLASSES)}"
+                )
+        self.name, self.network, self.weights_sha256, self.revision, self.size = (
+            name,
+            network,
+            weights_sha256,
+            revision,
+            size,
+        )
+        self.mean, self.std, self.align_corners, self.device, self.precision = (
+            mean,
+            std,
+            align_corners,
+            torch.device(device),
+            precision,
+        )
+        self.table = torch.tensor(
+            [CLASSES.index(part) for part in classes], dtype=torch.uint8, device=self.device
+        )
 
     @torch.inference_mode()
     def __call__(self, pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -95,12 +131,18 @@ class FaceParser:
         if not isinstance(pictures, torch.Tensor):
             pictures = torch.from_numpy(np.require(pictures, requirements="W"))
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-            raise FaceVAEError(f"A parser takes pictures as uint8 (B, H, W, 3), not {str(pictures.dtype).removeprefix('torch.')} {tuple(pictures.shape)}.")
-        images = squash(pictures.to(self.device), self.size, self.mean, self.std).contiguous(memory_format=torch.channels_last)
+            raise FaceVAEError(
+                f"A parser takes pictures as uint8 (B, H, W, 3), not {str(pictures.dtype).removeprefix('torch.')} {tuple(pictures.shape)}."
+            )
+        images = squash(pictures.to(self.device), self.size, self.mean, self.std).contiguous(
+            memory_format=torch.channels_last
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.network(images)
         if logits.shape[1] != len(self.table):
-            raise FaceVAEError(f"The network of the parser '{self.name}' tells {logits.shape[1]} classes apart, and {len(self.table)} are named.")
+            raise FaceVAEError(
+                f"The network of the parser '{self.name}' tells {logits.shape[1]} classes apart, and {len(self.table)} are named."
+            )
         labels = self.table[largest(logits, self.size, self.align_corners).int()]  # (B, size, size)
         if labels.shape[1:] != pictures.shape[1:3]:
             labels = F.interpolate(labels[:, None], pictures.shape[1:3], mode="nearest-exact")[:, 0]
@@ -116,6 +158,8 @@ def read_weights(path: str | Path, sha256: str, most: int, any_weights: bool = F
     data = read_bytes(path, most, "Name the file that holds the parser's weights.")
     found = hashlib.sha256(data).hexdigest()
     if found != sha256 and not any_weights:
-        raise FaceVAEError(f"'{path}' ({len(data):,} bytes) does not hold the weights that it should: its sha256 is {found}, and theirs is {sha256}. "
-                           "Fetch it again; or, if you trust the file and mean to use other weights, pass --any-weights.")
+        raise FaceVAEError(
+            f"'{path}' ({len(data):,} bytes) does not hold the weights that it should: its sha256 is {found}, and theirs is {sha256}. "
+            "Fetch it again; or, if you trust the file and mean to use other weights, pass --any-weights."
+        )
     return data, found

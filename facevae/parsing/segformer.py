@@ -29,9 +29,11 @@ def fetch_segformer() -> Path:
     try:
         return Path(snapshot_download(REPOSITORY, revision=REVISION, allow_patterns=list(FILES), token=False))
     except Exception as error:  # no network, no answer, a full disk: the hub has an error of its own for each
-        raise FaceVAEError(f"The weights of the parser 'segformer' could not be fetched ({' '.join(str(error).split())[:300]}). Fetch {', '.join(FILES)} of "
-                           f"https://huggingface.co/{REPOSITORY}/tree/{REVISION} by other means ({BYTES:,} bytes of weights, sha256 {SHA256}), "
-                           "put them into one directory, and name it with --weights DIR.") from None
+        raise FaceVAEError(
+            f"The weights of the parser 'segformer' could not be fetched ({' '.join(str(error).split())[:300]}). Fetch {', '.join(FILES)} of "
+            f"https://huggingface.co/{REPOSITORY}/tree/{REVISION} by other means ({BYTES:,} bytes of weights, sha256 {SHA256}), "
+            "put them into one directory, and name it with --weights DIR."
+        ) from None
 
 # %% ../../nbs/05_parsing/02_segformer.ipynb #c0008
 def read_preparation(path: str | Path) -> dict:
@@ -41,11 +43,21 @@ def read_preparation(path: str | Path) -> dict:
     size = config.get("size", 512)
     if isinstance(size, dict):
         size = size.get("height") if size.get("height") == size.get("width") else None
-    mean, std = (config.get(key, usual) for key, usual in (("image_mean", list(IMAGENET_MEAN)), ("image_std", list(IMAGENET_STD))))
-    three = all(isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values) for values in (mean, std))
+    mean, std = (
+        config.get(key, usual)
+        for key, usual in (("image_mean", list(IMAGENET_MEAN)), ("image_std", list(IMAGENET_STD)))
+    )
+    three = all(
+        isinstance(values, list)
+        and len(values) == 3
+        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        for values in (mean, std)
+    )
     if type(size) is not int or not 32 <= size <= 2048 or not three or min(std) <= 0:
-        raise FaceVAEError(f"'{path}' does not say how pictures are prepared: expected are a square 'size' of 32 to 2048 pixels, "
-                           f"and three numbers each as 'image_mean' and 'image_std'. {remedy}")
+        raise FaceVAEError(
+            f"'{path}' does not say how pictures are prepared: expected are a square 'size' of 32 to 2048 pixels, "
+            f"and three numbers each as 'image_mean' and 'image_std'. {remedy}"
+        )
     return {"size": size, "mean": mean, "std": std}
 
 
@@ -60,7 +72,12 @@ class Logits(nn.Module):
         return self.model(pixel_values=images).logits
 
 
-def load_segformer(weights: str | Path | None = None, any_weights: bool = False, device: str | torch.device = "cpu", precision: str = "fp32") -> FaceParser:
+def load_segformer(
+    weights: str | Path | None = None,
+    any_weights: bool = False,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> FaceParser:
     """The SegFormer of jonathandinu/face-parsing, or another one from a directory.
 
     weights: a directory of `FILES`, or None to fetch them. any_weights: accept other weights than the published ones.
@@ -70,17 +87,33 @@ def load_segformer(weights: str | Path | None = None, any_weights: bool = False,
     try:
         from transformers import SegformerForSemanticSegmentation
     except ImportError as error:
-        raise FaceVAEError(f"The parser 'segformer' needs the library transformers ({error}). Install it with: pip install facevae[segformer]") from None
+        raise FaceVAEError(
+            f"The parser 'segformer' needs the library transformers ({error}). Install it with: pip install facevae[segformer]"
+        ) from None
     folder = fetch_segformer() if weights is None else Path(weights)
     if not folder.is_dir():
-        raise FaceVAEError(f"'{folder}' is not a directory. The parser 'segformer' is read from one that holds {', '.join(FILES)}.")
+        raise FaceVAEError(
+            f"'{folder}' is not a directory. The parser 'segformer' is read from one that holds {', '.join(FILES)}."
+        )
     preparation = read_preparation(folder / "preprocessor_config.json")
     read_object(folder / "config.json", most=2**20)
     _, digest = read_weights(folder / "model.safetensors", SHA256, 4 * BYTES, any_weights)
     try:
-        model = SegformerForSemanticSegmentation.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+        model = SegformerForSemanticSegmentation.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
     except Exception as error:  # files of somebody else's can fail in any way
-        raise FaceVAEError(f"'{folder}' does not hold a SegFormer that can be used ({' '.join(str(error).split())[:300]}). Name another directory with --weights.") from None
+        raise FaceVAEError(
+            f"'{folder}' does not hold a SegFormer that can be used ({' '.join(str(error).split())[:300]}). Name another directory with --weights."
+        ) from None
     names = [str(model.config.id2label[index]) for index in sorted(model.config.id2label)]
-    return FaceParser("segformer", Logits(model.eval().requires_grad_(False)).to(device), names, digest, REVISION if digest == SHA256 else None,
-                      device=device, precision=precision, **preparation)
+    return FaceParser(
+        "segformer",
+        Logits(model.eval().requires_grad_(False)).to(device),
+        names,
+        digest,
+        REVISION if digest == SHA256 else None,
+        device=device,
+        precision=precision,
+        **preparation,
+    )

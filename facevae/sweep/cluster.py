@@ -17,22 +17,24 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, Nanny, Scheduler, SpecCluster, get_worker
+import psutil
+from distributed import Client, Future, Nanny, Scheduler, SpecCluster, get_worker
 
 from .. import __version__
 from ..core import THREADS_WAIT, FaceVAEError
 from ..data.store import read_manifest
+from .runner import Ending, execute_run
 from ..system import machine, processors
 from ..training.run import code_digest
-from .runner import Ending, execute_run
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0005
 def visible_gpus() -> list[str]:
@@ -49,11 +51,17 @@ def _count_gpus(chosen: str | None) -> int:
 
     chosen: CUDA_VISIBLE_DEVICES, on which the answer depends.
     """
-    done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+        capture_output=True,
+        text=True,
+    )
     try:
         return int(done.stdout.split()[-1])
     except (ValueError, IndexError):
-        raise FaceVAEError(f"torch cannot be imported, so no run can start: {(done.stderr.strip().splitlines() or ['no message'])[-1]}") from None
+        raise FaceVAEError(
+            f"torch cannot be imported, so no run can start: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        ) from None
 
 
 def default_workers() -> int:
@@ -70,7 +78,9 @@ def worker_environment(worker: int, workers: int) -> dict[str, str]:
     """The environment of a worker of this machine: its share of processor threads, and of the GPUs when there are any."""
     gpus = visible_gpus()
     mine = gpus[worker::workers] or gpus and [gpus[worker % len(gpus)]]
-    return thread_environment(max(1, processors() // workers)) | ({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
+    return thread_environment(max(1, processors() // workers)) | (
+        {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+    )
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0009
 def dask_setup(worker) -> None:
@@ -86,36 +96,63 @@ def local_cluster(workers: int, shares: int | None = None) -> Iterator[Client]:
     shares: into how many parts the processor is divided (default: workers).
     """
     quiet = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    nannies = {number: {"cls": Nanny, "options": quiet | {
-        "nthreads": 1, "memory_limit": 0, "env": worker_environment(number, shares or workers), "name": f"worker {number}",
-        "silence_logs": logging.CRITICAL, "preload": ["facevae.sweep.cluster"]}} for number in range(workers)}
+    nannies = {
+        number: {
+            "cls": Nanny,
+            "options": quiet
+            | {
+                "nthreads": 1,
+                "memory_limit": 0,
+                "env": worker_environment(number, shares or workers),
+                "name": f"worker {number}",
+                "silence_logs": logging.CRITICAL,
+                "preload": ["facevae.sweep.cluster"],
+            },
+        }
+        for number in range(workers)
+    }
     before = dict(os.environ)
     # Dask would otherwise set variables in this process to have its workers inherit them.
     with dask.config.set({"distributed.nanny.pre-spawn-environ": {}}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
-        with SpecCluster(nannies, {"cls": Scheduler, "options": quiet | {"dashboard": True, "dashboard_address": "127.0.0.1:8787"}},
-                         silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client:
+        with (
+            SpecCluster(
+                nannies,
+                {
+                    "cls": Scheduler,
+                    "options": quiet | {"dashboard": True, "dashboard_address": "127.0.0.1:8787"},
+                },
+                silence_logs=logging.CRITICAL,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]
             yield client
 
 
 @contextlib.contextmanager
-def foreign_cluster(scheduler: str | None = None, scheduler_file: str | Path | None = None) -> Iterator[Client]:
+def foreign_cluster(
+    scheduler: str | None = None, scheduler_file: str | Path | None = None
+) -> Iterator[Client]:
     """A client of a cluster that is running. scheduler: its address; scheduler_file: or the file that names it.
 
     Raises FaceVAEError when nobody answers there.
     """
     if scheduler_file is not None and not Path(scheduler_file).is_file():
-        raise FaceVAEError(f"There is no scheduler file '{scheduler_file}'. Start the cluster first, and give the file that it writes.")
+        raise FaceVAEError(
+            f"There is no scheduler file '{scheduler_file}'. Start the cluster first, and give the file that it writes."
+        )
     for handler in logging.getLogger("distributed").handlers:
         handler.setLevel(logging.CRITICAL)
     where = {"scheduler_file": str(scheduler_file)} if scheduler_file is not None else {"address": scheduler}
     try:
         client = Client(**where, timeout=15, set_as_default=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FaceVAEError(f"No Dask scheduler answers at '{scheduler_file or scheduler}' ({error}). Check that it is running and that this "
-                           "machine can reach it; an address looks like tcp://host:8786.") from None
+        raise FaceVAEError(
+            f"No Dask scheduler answers at '{scheduler_file or scheduler}' ({error}). Check that it is running and that this "
+            "machine can reach it; an address looks like tcp://host:8786."
+        ) from None
     with client:
         yield client
 
@@ -127,8 +164,14 @@ def worker_check(store: str | Path, out: str | Path) -> Iterator[dict[str, Any]]
     marker = out / f".shared-{token}"
     marker.write_text(token)
     try:
-        yield {"store": str(Path(store).absolute()), "sha256": dict(read_manifest(store).sha256), "out": str(out), "token": token,
-               "version": __version__, "code": code_digest()}
+        yield {
+            "store": str(Path(store).absolute()),
+            "sha256": dict(read_manifest(store).sha256),
+            "out": str(out),
+            "token": token,
+            "version": __version__,
+            "code": code_digest(),
+        }
     finally:
         marker.unlink(missing_ok=True)
 
@@ -164,15 +207,29 @@ def first_gpu() -> str | None:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen == "" or not shutil.which("nvidia-smi"):
         return None
-    done = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True
+    )
     found = [line.strip() for line in done.stdout.splitlines() if line.startswith("GPU-")]
     first = (chosen or "0").split(",")[0].strip()
-    return found[int(first)] if first.isdecimal() and int(first) < len(found) else first if not first.isdecimal() else None
+    return (
+        found[int(first)]
+        if first.isdecimal() and int(first) < len(found)
+        else first
+        if not first.isdecimal()
+        else None
+    )
 
 
 def check_worker(check: dict[str, Any]) -> dict[str, Any]:
     """What a worker is, and its problem with the work, or None. check: from `worker_check`."""
-    return {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "gpu": first_gpu(), "problem": _problem(check)}
+    return {
+        "host": socket.gethostname(),
+        "machine": machine(),
+        "pid": os.getpid(),
+        "gpu": first_gpu(),
+        "problem": _problem(check),
+    }
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0013
 _AT_WORK = threading.Lock()
@@ -183,24 +240,15 @@ def work(job: dict[str, Any]) -> dict[str, str]:
     if not _AT_WORK.acquire(blocking=False):
         return asdict(Ending("worker busy"))
     try:
+
         def poll():
             if Path(job["stop"]).exists():
                 raise KeyboardInterrupt
+
         environment = {} if job["local"] else thread_environment(get_worker().state.nthreads)
         return asdict(execute_run(**job["run"], environment=environment, poll=poll))
     finally:
         _AT_WORK.release()
-
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0020
-import contextlib
-import time
-from collections.abc import Callable
-from typing import Any
-
-import psutil
-from distributed import Client, Future
-
-from ..core import FaceVAEError
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0021
 class Crew:
@@ -224,8 +272,10 @@ class Crew:
         try:
             present = set(self.client.nthreads())
         except Exception as error:  # of many kinds, by what the connection was doing
-            raise FaceVAEError(f"The Dask scheduler does not answer any more ({error or type(error).__name__}). Start the cluster again and give "
-                               "the same command: it goes on where it stopped.") from error
+            raise FaceVAEError(
+                f"The Dask scheduler does not answer any more ({error or type(error).__name__}). Start the cluster again and give "
+                "the same command: it goes on where it stopped."
+            ) from error
         for group in (self.asked, self.ready, self.out):
             for address in group.keys() - present:
                 del group[address]
@@ -238,7 +288,9 @@ class Crew:
     def ask(self, address: str) -> None:
         """Have a worker show (again) that it can do the work; until it has, it gets none."""
         self.ready.pop(address, None)
-        self.asked[address] = self.client.submit(check_worker, self.check, workers=[address], allow_other_workers=False, pure=False)
+        self.asked[address] = self.client.submit(
+            check_worker, self.check, workers=[address], allow_other_workers=False, pure=False
+        )
 
     def _answered(self, address: str, future: Future) -> None:
         if future.status == "cancelled":
@@ -251,9 +303,15 @@ class Crew:
         if facts["problem"]:
             self.out[address] = f"{name} {facts['problem']}."
             return
-        shared = [other for other, its in self.ready.items() if facts["gpu"] and (its["machine"], its["gpu"]) == (facts["machine"], facts["gpu"])]
+        shared = [
+            other
+            for other, its in self.ready.items()
+            if facts["gpu"] and (its["machine"], its["gpu"]) == (facts["machine"], facts["gpu"])
+        ]
         if shared and not self.local:
-            self.out[address] = f"{name} is not used: it has the same GPU as the worker at {shared[0]}. Give each its own CUDA_VISIBLE_DEVICES."
+            self.out[address] = (
+                f"{name} is not used: it has the same GPU as the worker at {shared[0]}. Give each its own CUDA_VISIBLE_DEVICES."
+            )
             self.tell(self.out[address])
             return
         self.ready[address] = facts
@@ -268,12 +326,16 @@ class Crew:
             self.look()
             waited = time.monotonic() - begun
             if problems := [reason for reason in self.out.values() if "is not used" not in reason]:
-                raise FaceVAEError(f"{' '.join(problems)} Nothing was started. The store and --out must be paths that every worker shares, and "
-                                   "every worker must have the same facevae; mend that, or stop the worker.")
+                raise FaceVAEError(
+                    f"{' '.join(problems)} Nothing was started. The store and --out must be paths that every worker shares, and "
+                    "every worker must have the same facevae; mend that, or stop the worker."
+                )
             if self.ready and (not self.asked or waited > patience):
                 return
             if self.local and waited > patience:
-                raise FaceVAEError(f"No worker of this machine answered in {patience:.0f} seconds. Start the command again.")
+                raise FaceVAEError(
+                    f"No worker of this machine answered in {patience:.0f} seconds. Start the command again."
+                )
             if waited > 5 and not self.ready and not told:
                 self.tell("Waiting for a worker of the cluster.")
                 told = True

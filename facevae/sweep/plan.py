@@ -6,13 +6,31 @@
 __all__ = ['MOST_RUNS', 'AskedHypothesis', 'SweepFile', 'read_sweep', 'settings_text', 'Cell', 'chosen_cells', 'plan', 'report']
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0003
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from ..core import FaceVAEError, printable
-from ..safe_io import NUMBER, OBJECT, TEXT, TEXTS, mistyped, name_problem, read_object
+from .. import __version__
+from ..config import RunConfig, make_config, parse_hypotheses
+from ..core import FaceVAEError, choices, write_text
+from ..data.store import FaceStore
+from ..safe_io import name_problem, read_object
+from .runner import Ending, execute_run, finish, start
+from facevae.training.run import (
+    RunDirectory,
+    read_json,
+    read_state,
+    record_differences,
+    run_record,
+    write_pending,
+)
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0008
 MOST_RUNS = 20_000
@@ -26,6 +44,7 @@ def _plain(name: str) -> str:
 
 class AskedHypothesis(BaseModel):
     """A hypothesis of a sweep: its name, which is also its directory's, its terms and whether masks are used."""
+
     model_config = ConfigDict(strict=True)
     name: Annotated[str, AfterValidator(_plain)]
     terms: str = Field(pattern=r"^[a-z0-9_]{1,20}(\+[a-z0-9_]{1,20}){0,7}$")
@@ -34,6 +53,7 @@ class AskedHypothesis(BaseModel):
 
 class SweepFile(BaseModel):
     """What sweep.json holds."""
+
     model_config = ConfigDict(strict=True, extra="allow")
     hypotheses: list[AskedHypothesis]
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]]
@@ -70,26 +90,6 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
         raise FaceVAEError(f"'{path}' is not a sweep: its sweep.json cannot be used ({problem}). {remedy}")
     return found
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0012
-import contextlib
-import fcntl
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
-
-from .. import __version__
-from ..core import FaceVAEError, choices, write_text
-from ..config import RunConfig, make_config, parse_hypotheses
-from ..training.run import read_json, read_state, write_pending
-from .runner import finish, start
-from ..training.run import record_differences
-from ..training.run import RunDirectory, run_record
-from .runner import Ending, execute_run
-from ..data.store import FaceStore
-
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0014
 def settings_text(overrides: dict[str, Any]) -> str:
     """Overrides as the text that the train notebook takes: "steps=200 width=0.5"."""
@@ -99,6 +99,7 @@ def settings_text(overrides: dict[str, Any]) -> str:
 @dataclass(frozen=True)
 class Cell:
     """One run that is asked for: its configuration, with the size decided, its directory and the store."""
+
     config: RunConfig
     run: RunDirectory
     overrides: dict[str, Any]
@@ -113,35 +114,61 @@ class Cell:
         """Whether it is finished. Raises FaceVAEError when its directory holds a run of other settings, faces or code."""
         asked, found = run_record(self.config, store), self.run.record
         if found and (differences := record_differences(asked, found, {"code"})):
-            raise FaceVAEError(f"'{self.run.path}' holds a run with other settings: {'; '.join(differences)}. Choose another "
-                               "--out, ask for the same settings, or delete that directory.")
+            raise FaceVAEError(
+                f"'{self.run.path}' holds a run with other settings: {'; '.join(differences)}. Choose another "
+                "--out, ask for the same settings, or delete that directory."
+            )
         if found and not accept_code and (differences := record_differences(asked, found)):
-            raise FaceVAEError(f"'{self.run.path}' holds a run of other code: {differences[0]} (facevae {found.get('facevae_version')} there, "
-                               f"{__version__} here), so its numbers may not be comparable. Give --accept-code to keep it and go on, choose "
-                               "another --out, or put that version back.")
+            raise FaceVAEError(
+                f"'{self.run.path}' holds a run of other code: {differences[0]} (facevae {found.get('facevae_version')} there, "
+                f"{__version__} here), so its numbers may not be comparable. Give --accept-code to keep it and go on, choose "
+                "another --out, or put that version back."
+            )
         return self.run.status["state"] == "done"
 
     def job(self, accept_code: bool = False, last_try: bool = False) -> dict[str, Any]:
         """Arguments for `execute_run`, as plain data with absolute paths: it may happen on another machine."""
         data, out = str(self.data.absolute()), str(self.run.path.absolute())
-        parameters = {"hypothesis": self.config.hypothesis, "data": data, "out": out, "preset": self.config.preset,
-                      "seed": self.config.seed, "settings": settings_text(self.overrides)}
-        return {"path": out, "parameters": parameters, "record": run_record(self.config, FaceStore(self.data)),
-                "accept_code": accept_code, "last_try": last_try}
+        parameters = {
+            "hypothesis": self.config.hypothesis,
+            "data": data,
+            "out": out,
+            "preset": self.config.preset,
+            "seed": self.config.seed,
+            "settings": settings_text(self.overrides),
+        }
+        return {
+            "path": out,
+            "parameters": parameters,
+            "record": run_record(self.config, FaceStore(self.data)),
+            "accept_code": accept_code,
+            "last_try": last_try,
+        }
 
-    def execute(self, environment: dict[str, str] | None = None, poll: Callable[[], None] = lambda: None, accept_code: bool = False) -> Ending:
+    def execute(
+        self,
+        environment: dict[str, str] | None = None,
+        poll: Callable[[], None] = lambda: None,
+        accept_code: bool = False,
+    ) -> Ending:
         """Run the train notebook for this cell, here and now; how it ended also stands in the run's status."""
         return execute_run(**self.job(accept_code), environment=environment, poll=poll)
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0017
 def chosen_cells(cells: list[Cell], only: str) -> list[Cell]:
     """The cells that a text such as "H1,H9:seed1" names. Raises FaceVAEError for one that is not in the sweep."""
-    names = {cell.config.hypothesis: None for cell in cells} | {f"{cell.config.hypothesis}:seed{cell.config.seed}": None for cell in cells}
+    names = {cell.config.hypothesis: None for cell in cells} | {
+        f"{cell.config.hypothesis}:seed{cell.config.seed}": None for cell in cells
+    }
     wanted = [part.strip() for part in only.split(",") if part.strip()]
     for part in wanted or [only]:
         if part not in names:
             raise FaceVAEError(f"'{part}' is not in this sweep. {choices(part, names)}")
-    return [cell for cell in cells if {cell.config.hypothesis, f"{cell.config.hypothesis}:seed{cell.config.seed}"} & set(wanted)]
+    return [
+        cell
+        for cell in cells
+        if {cell.config.hypothesis, f"{cell.config.hypothesis}:seed{cell.config.seed}"} & set(wanted)
+    ]
 
 
 @contextlib.contextmanager
@@ -159,8 +186,16 @@ def _asked_before(out: Path) -> dict[str, Any]:
     return read_sweep(out) if os.path.lexists(out / "sweep.json") else {}
 
 
-def plan(data: str | Path, out: str | Path, hypotheses: str | Iterable[str] | None = None, seeds: Iterable[int] | None = None,
-         preset: str = "quick", overrides: dict[str, Any] | None = None, only: str | None = None, accept_code: bool = False) -> list[Cell]:
+def plan(
+    data: str | Path,
+    out: str | Path,
+    hypotheses: str | Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+    preset: str = "quick",
+    overrides: dict[str, Any] | None = None,
+    only: str | None = None,
+    accept_code: bool = False,
+) -> list[Cell]:
     """The cells of a sweep, and its sweep.json; hypotheses and seeds of an earlier call are kept in it.
 
     hypotheses, seeds: default all and 0, or with `only` those that the sweep has. only: a part of them, as `chosen_cells` reads it.
@@ -173,13 +208,28 @@ def plan(data: str | Path, out: str | Path, hypotheses: str | Iterable[str] | No
     chosen = parse_hypotheses(hypotheses or [h["name"] for h in known.get("hypotheses", [])] or "all")
     seeds = list(seeds if seeds is not None else known.get("seeds") or [0])
     runs = [(h, seed, RunDirectory(out / h.name / f"seed{seed}")) for seed in seeds for h in chosen]
-    cells = [Cell(make_config(h.name, preset, seed, overrides).fit(store.size), run, overrides, store.path, read_state(run.path)["state"])
-             for h, seed, run in runs]
+    cells = [
+        Cell(
+            make_config(h.name, preset, seed, overrides).fit(store.size),
+            run,
+            overrides,
+            store.path,
+            read_state(run.path)["state"],
+        )
+        for h, seed, run in runs
+    ]
     if not cells:
         raise FaceVAEError("There is nothing to run. Name at least one hypothesis and one seed.")
-    record = {"preset": preset, "settings": overrides, "data": str(store.path), "data_fingerprint": store.fingerprint,
-              "data_source": store.manifest.source, "size": cells[0].config.size, "steps": cells[0].config.steps,
-              "facevae_version": __version__}
+    record = {
+        "preset": preset,
+        "settings": overrides,
+        "data": str(store.path),
+        "data_fingerprint": store.fingerprint,
+        "data_source": store.manifest.source,
+        "size": cells[0].config.size,
+        "steps": cells[0].config.steps,
+        "facevae_version": __version__,
+    }
     same = {key: record[key] for key in ("preset", "settings", "data_fingerprint")}
     if found and (differences := record_differences(same, {key: found.get(key) for key in same})):
         raise FaceVAEError(f"'{out}' holds another sweep: {'; '.join(differences)}. Choose another --out.")
@@ -201,7 +251,9 @@ def report(sweep: str | Path) -> Path:
     """Run the figures notebook over a sweep directory, finished or not; returns the path of report.html."""
     sweep = Path(sweep)
     if not read_json(sweep / "sweep.json"):
-        raise FaceVAEError(f"'{sweep}' is not a sweep: it has no sweep.json. Give the --out of facevae ablate.")
+        raise FaceVAEError(
+            f"'{sweep}' is not a sweep: it has no sweep.json. Give the --out of facevae ablate."
+        )
     failure = finish(start("figures", sweep / "figures.ipynb", {"sweep": str(sweep)}))
     if failure is not None:
         raise FaceVAEError(failure.error)

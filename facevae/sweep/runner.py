@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.lock import guard_claim
-from ..core import FaceVAEError, atomic_file, notebook_path
+from ..core import FaceVAEError, atomic_file, notebook_path, write_text
+from ..system import kill
+from facevae.training.lock import (
+    STALE_BEATS,
+    Claim,
+    ClaimBusy,
+    ClaimLost,
+    guard_claim,
+    newest_claim,
+    take_claim,
+)
+from facevae.training.run import (
+    INTERRUPTED,
+    read_json,
+    read_status,
+    record_differences,
+    saved_step,
+    write_status,
+)
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0006
 class NotebookError(FaceVAEError):
@@ -56,52 +74,86 @@ def execute(name: str, output: str | Path, parameters: dict[str, Any]) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
+
     source = notebook_path(name)
     known = papermill.inspect_notebook(str(source))
     for parameter in parameters:
         if parameter not in known:
-            raise FaceVAEError(f"The notebook '{name}.ipynb' has no parameter '{parameter}'; it has {', '.join(known)}.")
+            raise FaceVAEError(
+                f"The notebook '{name}.ipynb' has no parameter '{parameter}'; it has {', '.join(known)}."
+            )
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with atomic_file(output) as partial, tempfile.TemporaryDirectory(prefix="facevae-") as sockets, warnings.catch_warnings():
+    with (
+        atomic_file(output) as partial,
+        tempfile.TemporaryDirectory(prefix="facevae-") as sockets,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         # Two kernels that start at once may pick the same network ports, and one of them dies; files cannot collide.
         kernel = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         try:
             # The kernel must be this Python, whatever kernels the machine has registered under the notebook's name.
-            papermill.execute_notebook(str(source), str(partial), parameters=parameters, progress_bar=False,
-                                       kernel_name="python3", cwd=os.getcwd(), config=kernel)
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters=parameters,
+                progress_bar=False,
+                kernel_name="python3",
+                cwd=os.getcwd(),
+                config=kernel,
+            )
             failure = None
         except PapermillExecutionError as error:
             failure = error
         except DeadKernelError:
-            raise NotebookError(f"The kernel of {name}.ipynb was ended from outside, by a person or because memory ran out.", died=True) from None
+            raise NotebookError(
+                f"The kernel of {name}.ipynb was ended from outside, by a person or because memory ran out.",
+                died=True,
+            ) from None
     if failure is not None:
         user_error = failure.ename == "FaceVAEError"
-        text = failure.evalue if user_error else (f"Cell {failure.exec_count} of {name}.ipynb failed with {failure.ename}: "
-                                                  f"{failure.evalue}. The executed notebook '{output}' shows where.")
+        text = (
+            failure.evalue
+            if user_error
+            else (
+                f"Cell {failure.exec_count} of {name}.ipynb failed with {failure.ename}: "
+                f"{failure.evalue}. The executed notebook '{output}' shows where."
+            )
+        )
         raise NotebookError(text, _cell_name(source, failure))
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0008
 @dataclass(frozen=True)
 class Failure:
     """Why a notebook's process did not end well. cell: number and heading. died: it ended without a word."""
+
     error: str
     cell: str | None = None
     died: bool = False
 
 
-def start(name: str, output: str | Path, parameters: dict[str, Any], environment: dict[str, str] | None = None) -> subprocess.Popen:
+def start(
+    name: str, output: str | Path, parameters: dict[str, Any], environment: dict[str, str] | None = None
+) -> subprocess.Popen:
     """Start executing a notebook in a process of its own; its errors are read from standard error by `finish`.
 
     environment: variables to set for it, besides this process' own.
     """
     job = json.dumps({"name": name, "output": str(output), "parameters": parameters, "parent": os.getpid()})
-    return subprocess.Popen([sys.executable, "-c", "from facevae.notebooks import _child; _child()", job], text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                            env=os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | (environment or {}))
+    return subprocess.Popen(
+        [sys.executable, "-c", "from facevae.notebooks import _child; _child()", job],
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"} | (environment or {}),
+    )
 
 
-def finish(process: subprocess.Popen, poll: Callable[[], None] = lambda: None, interval: float = 0.5) -> Failure | None:
+def finish(
+    process: subprocess.Popen, poll: Callable[[], None] = lambda: None, interval: float = 0.5
+) -> Failure | None:
     """Wait for a process from `start`; returns its failure, or None when all went well.
 
     poll: called every `interval` seconds. The process is stopped when waiting is interrupted.
@@ -123,8 +175,15 @@ def finish(process: subprocess.Popen, poll: Callable[[], None] = lambda: None, i
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return Failure(**json.loads(line))
-    signalled = f"was ended by signal {-process.returncode}" if process.returncode < 0 else f"left with code {process.returncode}"
-    return Failure(f"The process that ran the notebook {signalled}. {''.join(lines[-3:]).strip()}".strip(), died=process.returncode < 0)
+    signalled = (
+        f"was ended by signal {-process.returncode}"
+        if process.returncode < 0
+        else f"left with code {process.returncode}"
+    )
+    return Failure(
+        f"The process that ran the notebook {signalled}. {''.join(lines[-3:]).strip()}".strip(),
+        died=process.returncode < 0,
+    )
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -161,30 +220,17 @@ def _child() -> None:
     except FaceVAEError as error:
         fail(error=str(error))
     except OSError as error:
-        fail(error=f"The notebook '{job['output']}' could not be written ({error}). Free some space and start it again.")
+        fail(
+            error=f"The notebook '{job['output']}' could not be written ({error}). Free some space and start it again."
+        )
     except KeyboardInterrupt:
         sys.exit(130)
-
-# %% ../../nbs/10_sweep/00_runner.ipynb #c0010
-import json
-import os
-import socket
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from ..training.lock import STALE_BEATS, Claim, ClaimBusy, ClaimLost, newest_claim, take_claim
-from ..core import write_text
-from ..training.run import INTERRUPTED, read_json, read_status, saved_step, write_status
-from ..system import kill
-from ..training.run import record_differences
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0012
 @dataclass(frozen=True)
 class Ending:
     """How an execution ended. state: done, failed, died, interrupted, or busy (another process has the run). error: why."""
+
     state: str
     error: str = ""
 
@@ -206,24 +252,41 @@ class _Watch:
             kill(record.get("kernel"))
 
 
-def _outcome(path: Path, record: dict[str, Any], failure: Failure | None, last_try: bool) -> tuple[Ending, dict[str, Any]]:
+def _outcome(
+    path: Path, record: dict[str, Any], failure: Failure | None, last_try: bool
+) -> tuple[Ending, dict[str, Any]]:
     """The ending of a notebook, and what status.json says of it."""
     if failure is None:
         if differences := record_differences(record, read_json(path / "config.json")):
-            failure = Failure(f"The notebook ran other settings than those asked for: {'; '.join(differences)}.")
+            failure = Failure(
+                f"The notebook ran other settings than those asked for: {'; '.join(differences)}."
+            )
         elif read_status(path)["state"] != "done":
             failure = Failure("The notebook ended without an evaluation.")
         else:
             return Ending("done"), {}
     if failure.died:
-        error = f"{failure.error} " + ("It got no further in several attempts, so it is not tried again by itself." if last_try else
-                                       "The same command goes on from the last checkpoint.")
-        return Ending("failed" if last_try else "died", error), {"state": "failed" if last_try else "interrupted", "error": error}
+        error = f"{failure.error} " + (
+            "It got no further in several attempts, so it is not tried again by itself."
+            if last_try
+            else "The same command goes on from the last checkpoint."
+        )
+        return Ending("failed" if last_try else "died", error), {
+            "state": "failed" if last_try else "interrupted",
+            "error": error,
+        }
     return Ending("failed", failure.error), {"state": "failed", "error": failure.error, "cell": failure.cell}
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0014
-def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, Any], environment: dict[str, str] | None = None,
-                poll: Callable[[], None] = lambda: None, accept_code: bool = False, last_try: bool = False) -> Ending:
+def execute_run(
+    path: str | Path,
+    parameters: dict[str, Any],
+    record: dict[str, Any],
+    environment: dict[str, str] | None = None,
+    poll: Callable[[], None] = lambda: None,
+    accept_code: bool = False,
+    last_try: bool = False,
+) -> Ending:
     """Claim a run, execute the train notebook for it, and put down in status.json how it ended.
 
     path: the run directory. parameters: the notebook's. record: what config.json must hold. environment: variables for the process.
@@ -236,8 +299,11 @@ def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, 
     except ClaimBusy as error:
         return Ending("busy", str(error))
     except OSError as error:
-        return Ending("failed", f"'{path}' cannot be used as a run directory ({error.strerror}). Remove what is in its way, free some "
-                                "space, or choose another --out.")
+        return Ending(
+            "failed",
+            f"'{path}' cannot be used as a run directory ({error.strerror}). Remove what is in its way, free some "
+            "space, or choose another --out.",
+        )
     with claim:
         if read_status(path)["state"] == "done":
             return Ending("done")
@@ -245,14 +311,22 @@ def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, 
         if found and (differences := record_differences(record, found, {"code"} if accept_code else set())):
             return Ending("failed", f"'{path}' holds another run: {'; '.join(differences)}.")
         try:
-            write_text(path / "config.json", json.dumps(record, indent=1))  # the kernel refuses when it is asked for anything else
-            write_status(path, state="running", error=None, cell=None, host=socket.gethostname(), pid=os.getpid())
+            write_text(
+                path / "config.json", json.dumps(record, indent=1)
+            )  # the kernel refuses when it is asked for anything else
+            write_status(
+                path, state="running", error=None, cell=None, host=socket.gethostname(), pid=os.getpid()
+            )
             begun_at = saved_step(path)
-            process = start("train", path / "train.ipynb", parameters, (environment or {}) | claim.environment)
+            process = start(
+                "train", path / "train.ipynb", parameters, (environment or {}) | claim.environment
+            )
             try:
                 failure = finish(process, _Watch(claim, poll))
             finally:
-                kill(newest_claim(path)[1].get("kernel") if claim.held else None)  # outlives a papermill process that was killed
+                kill(
+                    newest_claim(path)[1].get("kernel") if claim.held else None
+                )  # outlives a papermill process that was killed
             claim.check()
             ending, status = _outcome(path, record, failure, last_try and saved_step(path) == begun_at)
             if status:
@@ -265,5 +339,8 @@ def execute_run(path: str | Path, parameters: dict[str, Any], record: dict[str, 
                 write_status(path, state="interrupted", error=INTERRUPTED)
             return Ending("interrupted", INTERRUPTED)
         except OSError as error:
-            return Ending("failed", f"'{path}' cannot be written ({error.strerror}). Free some space and start the run again: it goes on "
-                                    "from its last whole checkpoint.")
+            return Ending(
+                "failed",
+                f"'{path}' cannot be written ({error.strerror}). Free some space and start the run again: it goes on "
+                "from its last whole checkpoint.",
+            )

@@ -14,14 +14,28 @@ from pathlib import Path
 
 from distributed import Future
 
-from .plan import Cell
-from ..training.lock import STALE_BEATS, ClaimBusy, heartbeat_seconds, is_working, newest_claim, take_claim
-from ..core import FaceVAEError, progress_bar
-from .cluster import Crew
-from ..training.run import read_state, write_status
-from .runner import Ending
+from ..core import progress_bar
 from ..data.store import FaceStore
-from .cluster import default_workers, foreign_cluster, local_cluster, visible_gpus, work, worker_check
+from facevae.sweep.cluster import (
+    Crew,
+    default_workers,
+    foreign_cluster,
+    local_cluster,
+    visible_gpus,
+    work,
+    worker_check,
+)
+from .plan import Cell
+from .runner import Ending
+from facevae.training.lock import (
+    STALE_BEATS,
+    ClaimBusy,
+    heartbeat_seconds,
+    is_working,
+    newest_claim,
+    take_claim,
+)
+from ..training.run import read_state, write_status
 
 # %% ../../nbs/10_sweep/04_scheduler.ipynb #c0005
 TRIES = 3
@@ -30,6 +44,7 @@ TRIES = 3
 @dataclass(eq=False)
 class Course:
     """A run on its way."""
+
     cell: Cell
     saved: int  # step of its checkpoint when it was last begun
     deaths: int = 0  # since it last got further
@@ -55,7 +70,13 @@ class Dispatch:
     """
 
     def __init__(self, cells: list[Cell], crew: Crew, bar, stop: Path, limit: int | None, accept_code: bool):
-        self.crew, self.bar, self.stop, self.limit, self.accept_code = crew, bar, stop, limit or len(cells), accept_code
+        self.crew, self.bar, self.stop, self.limit, self.accept_code = (
+            crew,
+            bar,
+            stop,
+            limit or len(cells),
+            accept_code,
+        )
         self.waiting = [Course(cell, cell.run.saved_step) for cell in cells]
         self.running: dict[Future, Course] = {}
         self.elsewhere: list[Course] = []
@@ -72,7 +93,9 @@ class Dispatch:
             with contextlib.suppress(OSError):
                 self.stop.touch()
             until = time.monotonic() + 30
-            while time.monotonic() < until and any(is_working(course.cell.run.path) for course in self.running.values()):
+            while time.monotonic() < until and any(
+                is_working(course.cell.run.path) for course in self.running.values()
+            ):
                 time.sleep(0.1)
             raise
 
@@ -88,7 +111,10 @@ class Dispatch:
                 self._again(self.running.pop(future), "Its worker is gone.")
                 future.cancel()
             elif course.silence() > 1.5 * STALE_BEATS * heartbeat_seconds():
-                self._again(self.running.pop(future), f"Its worker at {course.worker} has not given a heartbeat for {course.silence():.0f} seconds.")
+                self._again(
+                    self.running.pop(future),
+                    f"Its worker at {course.worker} has not given a heartbeat for {course.silence():.0f} seconds.",
+                )
                 future.cancel()
                 self.crew.silent(course.worker)
         for course in list(self.elsewhere):
@@ -96,7 +122,9 @@ class Dispatch:
             self._look_elsewhere(course)
         taken = {course.worker for course in self.running.values()}
         for address in [a for a in self.crew.ready if a not in taken and self.resting.get(a, 0) < now]:
-            if len(self.running) < self.limit and (course := next((c for c in self.waiting if c.not_before < now), None)):
+            if len(self.running) < self.limit and (
+                course := next((c for c in self.waiting if c.not_before < now), None)
+            ):
                 self._begin(course, address)
 
     def _begin(self, course: Course, address: str) -> None:
@@ -106,13 +134,23 @@ class Dispatch:
             return
         course.begun = course.heard = time.monotonic()
         course.worker, course.saved = address, course.cell.run.saved_step
-        job = {"run": course.cell.job(self.accept_code, last_try=course.deaths == TRIES - 1), "stop": str(self.stop), "local": self.crew.local}
-        self.running[self.crew.client.submit(work, job, workers=[address], allow_other_workers=False, pure=False)] = course
+        job = {
+            "run": course.cell.job(self.accept_code, last_try=course.deaths == TRIES - 1),
+            "stop": str(self.stop),
+            "local": self.crew.local,
+        }
+        self.running[
+            self.crew.client.submit(work, job, workers=[address], allow_other_workers=False, pure=False)
+        ] = course
 
     def _ended(self, course: Course, future: Future) -> None:
         if future.status == "cancelled":
             return self._again(course, "Its worker is gone.")
-        ending = Ending(**future.result()) if future.status == "finished" else Ending("died", f"Its worker failed: {future.exception()!r}.")
+        ending = (
+            Ending(**future.result())
+            if future.status == "finished"
+            else Ending("died", f"Its worker failed: {future.exception()!r}.")
+        )
         if ending.state in ("done", "failed"):
             self._finish(course, ending, f"({time.monotonic() - course.begun:.0f} s)")
         elif ending.state in ("died", "interrupted"):
@@ -144,7 +182,9 @@ class Dispatch:
                 write_status(path, state="failed", error=error)
             self._finish(course, Ending("failed", error), "")
         else:
-            self.bar.write(f"{course.cell.title}: {why} It is begun again from step {course.cell.run.saved_step}.")
+            self.bar.write(
+                f"{course.cell.title}: {why} It is begun again from step {course.cell.run.saved_step}."
+            )
             self.waiting.insert(0, course)
 
     def _finish(self, course: Course, ending: Ending, how: str) -> None:
@@ -162,8 +202,17 @@ class Dispatch:
         course.shown = max(course.shown, step)
 
 # %% ../../nbs/10_sweep/04_scheduler.ipynb #c0007
-def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, progress: bool = True, *, scheduler: str | None = None,
-              scheduler_file: str | Path | None = None, retry_failed: bool = False, accept_code: bool = False) -> list[str]:
+def run_sweep(
+    cells: list[Cell],
+    data: str | Path,
+    workers: int | None = None,
+    progress: bool = True,
+    *,
+    scheduler: str | None = None,
+    scheduler_file: str | Path | None = None,
+    retry_failed: bool = False,
+    accept_code: bool = False,
+) -> list[str]:
     """Run the cells that are not finished; returns the titles of those that failed.
 
     data: the store. workers: how many runs at a time (default: default_workers(); on a running cluster one a worker).
@@ -175,12 +224,19 @@ def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, p
     todo = [cell for cell in cells if not cell.done(store, accept_code)]
     failed = [cell for cell in todo if cell.began_as == "failed" and not retry_failed]
     todo = [cell for cell in todo if cell not in failed]
-    bar = progress_bar(sum(cell.config.steps for cell in cells), "sweep", "step", progress,
-                       done=sum(cell.config.steps for cell in cells if cell not in todo))
+    bar = progress_bar(
+        sum(cell.config.steps for cell in cells),
+        "sweep",
+        "step",
+        progress,
+        done=sum(cell.config.steps for cell in cells if cell not in todo),
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
         for cell in failed:
-            bar.write(f"{cell.title}: failed before and is left alone: {cell.run.status.get('error')} Give --retry-failed to try it again.")
+            bar.write(
+                f"{cell.title}: failed before and is left alone: {cell.run.status.get('error')} Give --retry-failed to try it again."
+            )
         if not todo:
             return [cell.title for cell in failed]
         local = scheduler is None and scheduler_file is None
@@ -193,7 +249,11 @@ def run_sweep(cells: list[Cell], data: str | Path, workers: int | None = None, p
         crew = Crew(client, check, local, bar.write)
         crew.gather()
         where = f"{len(crew.ready)} worker{'s' * (len(crew.ready) != 1)} {'of this machine' if local else 'at ' + client.scheduler.address}"
-        sharing = f", which share {len(visible_gpus())} GPU as asked" if local and 0 < len(visible_gpus()) < count else ""
+        sharing = (
+            f", which share {len(visible_gpus())} GPU as asked"
+            if local and 0 < len(visible_gpus()) < count
+            else ""
+        )
         bar.write(f"{where}{sharing}. Dashboard: {client.dashboard_link}")
         stop = out / f".stop-{uuid.uuid4().hex}"
         stack.callback(stop.unlink, missing_ok=True)

@@ -13,12 +13,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..training.run import read_state
 from .plan import read_sweep
+from ..training.run import read_state
 
 # %% ../../nbs/10_sweep/02_status.ipynb #c0004
-COLUMNS = ("hypothesis", "seed", "state", "step", "steps", "loss", "images_per_second", "seconds_left", "host", "pid", "heartbeat", "seconds",
-           "cell", "error")
+COLUMNS = (
+    "hypothesis",
+    "seed",
+    "state",
+    "step",
+    "steps",
+    "loss",
+    "images_per_second",
+    "seconds_left",
+    "host",
+    "pid",
+    "heartbeat",
+    "seconds",
+    "cell",
+    "error",
+)
 ENDED = ("done", "failed")
 
 
@@ -36,7 +50,9 @@ def sweep_status(path: str | Path) -> pd.DataFrame:
     for hypothesis, seed in runs:
         found = read_state(path / hypothesis / f"seed{seed}")
         if found["state"] != "running":
-            found |= {"heartbeat": None} | ({} if found["state"] == "done" else {"images_per_second": None, "seconds_left": None})
+            found |= {"heartbeat": None} | (
+                {} if found["state"] == "done" else {"images_per_second": None, "seconds_left": None}
+            )
         rows.append({**{name: found.get(name) for name in COLUMNS}, "hypothesis": hypothesis, "seed": seed})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -53,21 +69,40 @@ def duration(seconds: float | None) -> str:
 
 def status_text(table: pd.DataFrame) -> str:
     """The table of `sweep_status` for a terminal, with a summary above and errors below."""
-    shown = {"run": [f"{row.hypothesis} seed {row.seed}" for row in table.itertuples()], "state": list(table["state"]),
-             "step": ["" if pd.isna(row.steps) else f"{0 if pd.isna(row.step) else row.step:.0f}/{row.steps:.0f}" for row in table.itertuples()],
-             "loss": ["" if pd.isna(value) else f"{value:.4g}" for value in table["loss"]],
-             "images/s": ["" if pd.isna(value) else f"{value:.0f}" for value in table["images_per_second"]],
-             "left": [duration(row.seconds_left) if row.state == "running" else "" for row in table.itertuples()],
-             "spent": [duration(value) for value in table["seconds"]],
-             "host": ["" if row.host is None or pd.isna(row.host) else f"{row.host}:{row.pid:.0f}" if row.state == "running" and pd.notna(row.pid)
-                      else row.host for row in table.itertuples()],
-             "heartbeat": [f"{duration(value)} ago" if pd.notna(value) else "" for value in table["heartbeat"]]}
+    shown = {
+        "run": [f"{row.hypothesis} seed {row.seed}" for row in table.itertuples()],
+        "state": list(table["state"]),
+        "step": [
+            "" if pd.isna(row.steps) else f"{0 if pd.isna(row.step) else row.step:.0f}/{row.steps:.0f}"
+            for row in table.itertuples()
+        ],
+        "loss": ["" if pd.isna(value) else f"{value:.4g}" for value in table["loss"]],
+        "images/s": ["" if pd.isna(value) else f"{value:.0f}" for value in table["images_per_second"]],
+        "left": [duration(row.seconds_left) if row.state == "running" else "" for row in table.itertuples()],
+        "spent": [duration(value) for value in table["seconds"]],
+        "host": [
+            ""
+            if row.host is None or pd.isna(row.host)
+            else f"{row.host}:{row.pid:.0f}"
+            if row.state == "running" and pd.notna(row.pid)
+            else row.host
+            for row in table.itertuples()
+        ],
+        "heartbeat": [f"{duration(value)} ago" if pd.notna(value) else "" for value in table["heartbeat"]],
+    }
     widths = {name: max(len(name), *map(len, values)) for name, values in shown.items() if any(values)}
     lines = ["  ".join(name.ljust(width) for name, width in widths.items())]
-    lines += ["  ".join(shown[name][index].ljust(width) for name, width in widths.items()) for index in range(len(table))]
+    lines += [
+        "  ".join(shown[name][index].ljust(width) for name, width in widths.items())
+        for index in range(len(table))
+    ]
     counts = table["state"].value_counts(sort=False)
-    errors = [f"{row.hypothesis} seed {row.seed}: {row.error}" + (f" (cell {row.cell})" if isinstance(row.cell, str) else "")
-              for row in table.itertuples() if isinstance(row.error, str) and row.error and row.state not in ("running", "done")]
+    errors = [
+        f"{row.hypothesis} seed {row.seed}: {row.error}"
+        + (f" (cell {row.cell})" if isinstance(row.cell, str) else "")
+        for row in table.itertuples()
+        if isinstance(row.error, str) and row.error and row.state not in ("running", "done")
+    ]
     summary = f"{len(table)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items())
     return "\n".join([summary, *(line.rstrip() for line in lines), *errors])
 
@@ -80,7 +115,7 @@ def watch(path: str | Path, every: float = 2, out=None) -> None:
         text = status_text(table)
         if out.isatty():
             size = shutil.get_terminal_size()
-            lines = [line[:size.columns - 1] for line in text.splitlines()[:size.lines - 1]]
+            lines = [line[: size.columns - 1] for line in text.splitlines()[: size.lines - 1]]
             text = "\x1b[H\x1b[J" + "\n".join(lines)
         print(text, file=out, flush=True)
         if set(table["state"]) <= set(ENDED):

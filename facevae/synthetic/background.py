@@ -16,7 +16,7 @@ from .parameters import NOISE, Traits
 def noises(traits: Traits, size: int) -> dict[int, torch.Tensor]:
     """Smooth noise around 0.5 at four scales: {cells across: (B, size, size)}."""
     table = traits.noise.reshape(len(traits), NOISE, NOISE)
-    return {cells: value_noise(table[:, -cells - 2:, :cells + 2], size) for cells in (3, 7, 15, 31)}
+    return {cells: value_noise(table[:, -cells - 2 :, : cells + 2], size) for cells in (3, 7, 15, 31)}
 
 # %% ../../nbs/04_synthetic/02_background.ipynb #c0008
 def mix(first, second, part):
@@ -36,7 +36,9 @@ def gradient(t, x, y, noise, size):
 
 def clouds(t, x, y, noise, size):
     total = noise[3] * 0.4 + noise[7] * 0.3 + noise[15] * 0.2 + noise[31] * 0.1
-    return mix(mix(t.back0, t.back1, step(total * 4 - 1.4)), t.back2, step(noise[7] * 2.2 + noise[31] * 0.8 - 1.4))
+    return mix(
+        mix(t.back0, t.back1, step(total * 4 - 1.4)), t.back2, step(noise[7] * 2.2 + noise[31] * 0.8 - 1.4)
+    )
 
 
 def stripes(t, x, y, noise, size):
@@ -48,7 +50,10 @@ def stripes(t, x, y, noise, size):
 def checks(t, x, y, noise, size):
     often = 3 + 5 * t.back_scale
     turn = t.back_turn * 0.7
-    across, down = (x - y * turn) * often + noise[3] * t.back_warp, (y + x * turn) * often + noise[3] * t.back_warp
+    across, down = (
+        (x - y * turn) * often + noise[3] * t.back_warp,
+        (y + x * turn) * often + noise[3] * t.back_warp,
+    )
     first, second = (edges(wave(value), often * 2.4 / size) for value in (across, down))
     return mix(mix(t.back0, t.back1, noise[3]), t.back2, first + second - 2 * first * second)
 
@@ -60,7 +65,11 @@ def bokeh(t, x, y, noise, size):
         column, row, radius, glow = spots[:, number].unbind(1)
         radius = 0.03 + 0.07 * radius
         away = ((x + 0.5 - column) ** 2 + (y + 0.5 - row) ** 2).sqrt_()
-        disc = ((radius - away) * (size * 0.4) + 0.5).clamp_(0, 1) * (0.25 + 0.5 * glow) * (0.7 + 0.3 * away / radius)
+        disc = (
+            ((radius - away) * (size * 0.4) + 0.5).clamp_(0, 1)
+            * (0.25 + 0.5 * glow)
+            * (0.7 + 0.3 * away / radius)
+        )
         image = mix(image, (t.back2, t.back3, t.back1)[number % 3] * 0.5 + 0.5, disc)
     return image
 
@@ -70,7 +79,10 @@ def clutter(t, x, y, noise, size):
     spots = t.spots.reshape(len(t), 12, 4, 1, 1)
     for number in range(12):
         column, row, wide, high = spots[:, number].unbind(1)
-        across, down = (x + 0.5 - column).abs() - 0.03 - 0.14 * wide, (y + 0.5 - row).abs() - 0.03 - 0.2 * high
+        across, down = (
+            (x + 0.5 - column).abs() - 0.03 - 0.14 * wide,
+            (y + 0.5 - row).abs() - 0.03 - 0.2 * high,
+        )
         if number % 3 == 1:
             across = (across + down) * 0.7
             down = across
@@ -94,13 +106,21 @@ def bricks(t, x, y, noise, size):
     across = (x + 0.5) * often * (0.5 + t.back_warp) + row * (0.5 * (t.back_warp > 0.3)) + 64
     column = across.floor()
     pixel = often * 1.6 / size
-    joint = torch.minimum((0.5 - (across - column - 0.5).abs()) / (0.5 + t.back_warp) * 1.6, 0.5 - (down - row - 0.5).abs())
+    joint = torch.minimum(
+        (0.5 - (across - column - 0.5).abs()) / (0.5 + t.back_warp) * 1.6, 0.5 - (down - row - 0.5).abs()
+    )
     cover = ((joint - 0.06) / pixel + 0.5).clamp_(0, 1)
     table = t.noise.reshape(len(t), -1)
     cell = (row * 31 + column * 7 + 512).long() % table.shape[1]
     tone = table.gather(1, cell.reshape(len(t), -1)).reshape(cell.shape)
-    return mix(t.back2 * 0.7 + 0.1, mix(t.back0, t.back1, tone * (0.3 + 0.7 * t.back_u.abs().clamp(max=1))), cover) * (
-        0.8 + 0.4 * noise[15])[:, None]
+    return (
+        mix(
+            t.back2 * 0.7 + 0.1,
+            mix(t.back0, t.back1, tone * (0.3 + 0.7 * t.back_u.abs().clamp(max=1))),
+            cover,
+        )
+        * (0.8 + 0.4 * noise[15])[:, None]
+    )
 
 
 def shelves(t, x, y, noise, size):
@@ -110,13 +130,20 @@ def shelves(t, x, y, noise, size):
     across = (x + 0.5) * (14 + 16 * t.back_warp) + row * 3
     book = across.floor()
     table = t.noise.reshape(len(t), -1)
-    first, second = (table.gather(1, ((book * step_a + row * 17 + step_b).long() % table.shape[1]).reshape(len(t), -1)
-                                  ).reshape(book.shape) for step_a, step_b in ((5, 40), (11, 7)))
+    first, second = (
+        table.gather(
+            1, ((book * step_a + row * 17 + step_b).long() % table.shape[1]).reshape(len(t), -1)
+        ).reshape(book.shape)
+        for step_a, step_b in ((5, 40), (11, 7))
+    )
     pixel = often / size
     lower = 0.12 + 0.4 * first
     cover = ((down - row - lower) / pixel + 0.5).clamp_(0, 1)
     round_ = 1 - (across - book - 0.5) ** 2 * 1.8
-    image = mix(mix(t.back0, t.back1, second), t.back2, (first > 0.66).float()) * (round_ * (0.55 + 0.45 * second))[:, None]
+    image = (
+        mix(mix(t.back0, t.back1, second), t.back2, (first > 0.66).float())
+        * (round_ * (0.55 + 0.45 * second))[:, None]
+    )
     image = mix(t.back3 * 0.22, image, cover)
     return mix(image, t.back3 * 0.7 + 0.1, ((down - row - 0.93) / pixel + 0.5).clamp_(0, 1))
 

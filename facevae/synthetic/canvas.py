@@ -53,7 +53,8 @@ class Window:
     def __init__(self, canvas: "Canvas", part: tuple[slice, slice], faces: torch.Tensor | None):
         self.canvas, self.part, self.faces = canvas, part, faces
         self.image, self.labels, self.u, self.v = (
-            self.cut(plane) for plane in (canvas.image, canvas.labels, canvas.u, canvas.v))
+            self.cut(plane) for plane in (canvas.image, canvas.labels, canvas.u, canvas.v)
+        )
         self.scale = canvas.scale if faces is None else canvas.scale.index_select(0, faces)
         self.right = (self.u > 0).view(torch.uint8)
 
@@ -120,8 +121,10 @@ class Canvas:
 
     def window(self, left=0.0, top=0.0, right=1.0, bottom=1.0, faces: torch.Tensor | None = None) -> Window:
         """A window with the given borders, fractions of the frame; of some faces, int64 indices, or all."""
-        rows, columns = (slice(int(low * self.size), min(self.size, int(high * self.size) + 1))
-                         for low, high in ((top, bottom), (left, right)))
+        rows, columns = (
+            slice(int(low * self.size), min(self.size, int(high * self.size) + 1))
+            for low, high in ((top, bottom), (left, right))
+        )
         return Window(self, (rows, columns), faces)
 
     def pictures(self) -> torch.Tensor:
@@ -136,7 +139,7 @@ def contact_sheet(pictures: torch.Tensor, columns: int, quality: int = 85) -> by
     """
     count, high, wide, _ = pictures.shape
     rows = count // columns
-    sheet = pictures[:rows * columns].cpu().reshape(rows, columns, high, wide, 3).transpose(1, 2)
+    sheet = pictures[: rows * columns].cpu().reshape(rows, columns, high, wide, 3).transpose(1, 2)
     file = io.BytesIO()
     Image.fromarray(sheet.reshape(rows * high, columns * wide, 3).numpy()).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -237,5 +240,7 @@ def value_noise(grid: torch.Tensor, size: int) -> torch.Tensor:
     weights = (1 - part) * (1 - part) * 0.5, 0.75 - (part - 0.5) * (part - 0.5), part * part * 0.5
     grid = (grid - 0.5) * 1.7 + 0.5
     rows = sum(grid.index_select(2, low + tap) * weight for tap, weight in enumerate(weights))  # (B, g, size)
-    first, second, third = (rows.index_select(1, low + tap).mul_(weight[:, None]) for tap, weight in enumerate(weights))
+    first, second, third = (
+        rows.index_select(1, low + tap).mul_(weight[:, None]) for tap, weight in enumerate(weights)
+    )
     return first.add_(second).add_(third)

@@ -48,7 +48,9 @@ def relief(t: Traits, u, v, away):
     apart = away - t.eye_apart
     light = blob(apart + 0.06, v + 0.07, 0.34, 0.26) * -(0.10 + 0.12 * t.contrast)
     light -= blob(apart, v - 0.20, 0.22, 0.08) * (t.lines * 0.28)
-    light += blob(away - 0.52 - (0.2 * t.light_u) * u.sign(), v - 0.42 + 0.06 * t.smile, 0.30, 0.26) * (0.06 + 0.22 * t.shine)
+    light += blob(away - 0.52 - (0.2 * t.light_u) * u.sign(), v - 0.42 + 0.06 * t.smile, 0.30, 0.26) * (
+        0.06 + 0.22 * t.shine
+    )
     light += blob(u - 0.35 * t.light_u, v + 0.66, 0.55, 0.36) * (0.03 + 0.35 * t.shine)
     light += blob(u - 0.1 * t.light_u, v - t.chin + 0.20, 0.24, 0.15) * (0.03 + 0.2 * t.shine)
     light -= blob(u, v - t.mouth_height - 0.27 - t.gape, 0.26, 0.09) * 0.13
@@ -64,8 +66,12 @@ def draw_beard(t: Traits, picture, u, v, away, texture, light):
     kind, grain = t.beard, texture * 0.9 + 0.55
     below = step((v - 0.70 + away * away * 0.75 - away * 0.55) * 7)
     part = below * ((kind == 1) * t.stubble + (kind == 4) * 0.92)
-    part = torch.maximum(part, step((away - 0.80 + v * 0.10) * 9) * step((v + 0.05) * 4) * ((kind == 4) * 0.92))
-    part += step(1.25 - (v - 0.775 - u * u * 0.30).abs() * 12) * step((0.42 - away) * 9) * ((kind == 2) * 0.92)
+    part = torch.maximum(
+        part, step((away - 0.80 + v * 0.10) * 9) * step((v + 0.05) * 4) * ((kind == 4) * 0.92)
+    )
+    part += (
+        step(1.25 - (v - 0.775 - u * u * 0.30).abs() * 12) * step((0.42 - away) * 9) * ((kind == 2) * 0.92)
+    )
     goatee = (1.15 - (u * 3.6) ** 2 - ((v - 1.27) * 4.0) ** 2) * 1.2
     part += step(torch.maximum(goatee, 1.2 - (u * 11) ** 2 - ((v - 1.14) * 6) ** 2)) * ((kind == 3) * 0.95)
     part *= grain.clamp(0.8, 1.05)
@@ -91,7 +97,8 @@ def draw_eyes(canvas: Canvas, traits: Traits):
     w.shade(1 - ridge(lower - 0.055, 0.05) * step(bend * 1.2) * 0.10)
     shadow = step(1 + upper * 13)
     white = (0.95 - 0.50 * shadow - 0.12 * flat * flat)[:, None] * torch.tensor(
-        [1.0, 0.965, 0.95], device=u.device).reshape(3, 1, 1)
+        [1.0, 0.965, 0.95], device=u.device
+    ).reshape(3, 1, 1)
     image = draw_iris(t, w, white, u - t.gaze_u * side, v + 0.028 * t.open - t.gaze_v, shadow, side)
     w.paint(w.cover(torch.maximum(upper, lower)), image, "eye")
     # Lashes: a line along the upper lid, thicker outwards.
@@ -120,7 +127,13 @@ def draw_brows(t: Traits, w: Window, u):
     place = u / (t.eye_wide * 1.28)
     apart = place - 0.2
     drop = apart * apart * (0.22 + 0.83 * step(apart * 4 + 0.5))
-    height = w.v + t.brow_height + 0.030 * t.smile.clamp(min=-0.5) + t.brow_slant * place - 0.085 * t.brow_arch * (drop - 0.4)
+    height = (
+        w.v
+        + t.brow_height
+        + 0.030 * t.smile.clamp(min=-0.5)
+        + t.brow_slant * place
+        - 0.085 * t.brow_arch * (drop - 0.4)
+    )
     thick = t.brow_thick * (1.05 - 0.55 * step(place * 0.9 + 0.15)) * step((1.02 - place.abs()) * 5)
     hairs = wave(u * 14 + height * 9) * 0.16 + 0.84
     cover = w.cover(height.abs() - thick + (thick < 0.001) * 0.5) * 0.94
@@ -136,7 +149,10 @@ def draw_nose(canvas: Canvas, traits: Traits):
     away, tip, wide = u.abs(), v - t.nose_long, t.nose_wide
     lit = t.light_u.clamp(-0.5, 0.5)
     breadth = wide * (0.34 + 0.14 * t.bridge) * (lower * 0.45 + 0.72)
-    wings = torch.minimum(ellipse(away - wide * 0.62, tip + 0.065, wide * 0.38, 0.085), ellipse(u, tip + 0.055, wide * 0.60, 0.125))
+    wings = torch.minimum(
+        ellipse(away - wide * 0.62, tip + 0.065, wide * 0.38, 0.085),
+        ellipse(u, tip + 0.055, wide * 0.60, 0.125),
+    )
     back = torch.maximum(torch.maximum(away - breadth - 0.05 * step((v - 0.15) * 2), -v - 0.02), tip + 0.06)
     length = step((v + 0.16) * 3.2) * step((-0.03 - tip) * 5)
     far = 0.5 - 0.5 * (u * (lit * 24)).clamp_(-1, 1)  # 1 on the side away from the light
@@ -171,12 +187,17 @@ def draw_mouth(canvas: Canvas, traits: Traits):
     bottom = inner_low - t.lower_lip * thin * full
     w.shade(1 - ridge(bottom - 0.02, 0.07) * step(bend * 1.4) * 0.10)
     light = 0.84 - 0.22 * ridge(inner_top, 0.045) + x * (0.1 * t.light_u * t.contrast)
-    w.paint(w.cover(torch.maximum(torch.maximum(-top, inner_top), across - 1)), t.lips * light[:, None], "u_lip")
+    w.paint(
+        w.cover(torch.maximum(torch.maximum(-top, inner_top), across - 1)), t.lips * light[:, None], "u_lip"
+    )
     plump = blob(x - 0.25 * t.light_u, (bottom + t.lower_lip * 0.55) / t.lower_lip, 0.65, 0.42)
     sheen = t.lipstick * 0.10 + t.shine
     light = plump * (0.10 + 1.3 * sheen) - 0.12 * ridge(bottom, 0.035) + 0.97
-    w.paint(w.cover(torch.maximum(torch.maximum(bottom, -inner_low), across - 1)),
-            t.lips * light[:, None] + (plump * (sheen * 0.5))[:, None], "l_lip")
+    w.paint(
+        w.cover(torch.maximum(torch.maximum(bottom, -inner_low), across - 1)),
+        t.lips * light[:, None] + (plump * (sheen * 0.5))[:, None],
+        "l_lip",
+    )
     hole = torch.maximum(torch.maximum(-inner_top, inner_low), across - 1) + (t.gape == 0)
     w.paint(w.cover(hole), inside(t, w, x, u, inner_top, inner_low, bend), "mouth")
     # The line where closed lips meet, and the corners.
@@ -187,8 +208,10 @@ def draw_mouth(canvas: Canvas, traits: Traits):
 
 def inside(t: Traits, w: Window, x, u, inner_top, inner_low, bend):
     """The inside of an open mouth, (b, 3, h, w): dark, a tongue, the upper teeth."""
-    dark, pink, ivory = (torch.tensor(colour, device=u.device).reshape(3, 1, 1)
-                         for colour in ((0.20, 0.055, 0.06), (0.48, 0.16, 0.17), (1.0, 0.97, 0.92)))
+    dark, pink, ivory = (
+        torch.tensor(colour, device=u.device).reshape(3, 1, 1)
+        for colour in ((0.20, 0.055, 0.06), (0.48, 0.16, 0.17), (1.0, 0.97, 0.92))
+    )
     tongue = blob(x, (inner_low + 0.005) / t.gape.clamp(min=0.02), 0.75, 0.75)
     image = tongue[:, None] * pink + dark
     edge = torch.maximum(inner_top - (0.028 + 0.50 * t.gape) * (bend * 0.45 + 0.55), x.abs() - 0.92)

@@ -9,7 +9,21 @@ __all__ = ['collar', 'pattern', 'draw_body', 'draw_cloth', 'draw_necklace', 'Hai
 # %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0003
 import torch
 
-from .canvas import Canvas, away_unless, blob, egg, ellipse, near, pick, ridge, step, warm, wave
+from facevae.synthetic.canvas import (
+    Canvas,
+    away_unless,
+    blob,
+    box,
+    egg,
+    ellipse,
+    near,
+    pick,
+    ridge,
+    step,
+    warm,
+    wave,
+)
+from .face import diffuse
 from .parameters import Traits
 
 # %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0006
@@ -36,7 +50,9 @@ def draw_body(canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
     """Paint neck, clothes and necklace below every head."""
     t, w = traits, canvas.window(top=0.60)
     texture = w.cut(noise[31])
-    place = canvas.place._replace(cosine=torch.ones_like(canvas.place.cosine), sine=torch.zeros_like(canvas.place.sine))
+    place = canvas.place._replace(
+        cosine=torch.ones_like(canvas.place.cosine), sine=torch.zeros_like(canvas.place.sine)
+    )
     upright, v = place.locate(canvas.x, canvas.y[:, w.part[0]])
     v = v.expand_as(upright).contiguous()
     lean = canvas.place.sine * -1.3 * ((2.1 - v) / 1.2).clamp_(0, 1)
@@ -62,15 +78,25 @@ def draw_cloth(t: Traits, w, texture, u, upright, v, shoulders, far, tube):
     opening = collar(t, u, v)
     cloth = torch.maximum(torch.minimum(shoulders, away_unless(tube, (t.collar == 3).float())), -opening)
     w.shade(1 - 0.42 * near(cloth, 0.12) * w.between("neck", "neck"))
-    fold = texture * 0.16 + wave(upright * 1.3 + v * 0.5) * 0.10 + upright * (t.light_u * t.contrast * 0.15) + 0.78
+    fold = (
+        texture * 0.16
+        + wave(upright * 1.3 + v * 0.5) * 0.10
+        + upright * (t.light_u * t.contrast * 0.15)
+        + 0.78
+    )
     fold -= step((1.78 + far * far * t.shoulder - v) * 2.5 + 1.2) * t.contrast * 0.22
     fold -= ridge(cloth + 0.06, 0.07) * 0.16
     colour = t.cloth + (t.cloth2 - t.cloth) * pattern(t, upright, v + far * 0.3, 1 / w.scale)[:, None]
     w.paint(w.cover(cloth), colour * fold[:, None], "cloth")
-    flap = torch.maximum(torch.maximum(-opening, opening - 0.17 - 0.10 * (2.25 - v)), torch.maximum(1.66 - v, v - 2.36 + u.abs() * 0.4))
+    flap = torch.maximum(
+        torch.maximum(-opening, opening - 0.17 - 0.10 * (2.25 - v)),
+        torch.maximum(1.66 - v, v - 2.36 + u.abs() * 0.4),
+    )
     flap = away_unless(flap, (t.collar == 2).float())
     w.shade(1 - 0.35 * near(flap, 0.09) * w.between("cloth", "cloth"))
-    w.paint(w.cover(flap), (t.cloth * 0.75 + 0.22) * (fold + ridge(opening - 0.02, 0.06) * 0.12)[:, None], "cloth")
+    w.paint(
+        w.cover(flap), (t.cloth * 0.75 + 0.22) * (fold + ridge(opening - 0.02, 0.06) * 0.12)[:, None], "cloth"
+    )
 
 
 def draw_necklace(t: Traits, w, u, v, inside):
@@ -82,13 +108,6 @@ def draw_necklace(t: Traits, w, u, v, inside):
     gleam = pick(pearls, wave(u * along * 8.5) * 0.45 + 0.55, wave(u * 16) * 0.4 + 0.7)
     w.shade(1 - 0.25 * near(chain, 0.07) * w.between("neck", "neck"))
     w.paint(w.cover(chain), pick(pearls[:, None], 0.95, t.metal) * gleam[:, None], "neck_l")
-
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0013
-import torch
-
-from .canvas import Canvas, away_unless, egg, ellipse, near, ridge, step, wave
-from .parameters import Traits
-from .face import diffuse
 
 # %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0015
 class Hair:
@@ -105,7 +124,14 @@ class Hair:
         moved = u + self.sway * 0.16 * step(v * 4 + 3) * (w.right * 2.0 - 1)
         moved /= (v + 0.2).clamp_(0, 2) * t.flare + 1
         long = (t.length > 1.0).float()
-        mass, x, y = egg(moved, v + 0.22, t.across + 0.035 + t.volume, t.skull - 0.19 + t.rise, t.length + 0.22, 0.85 * long)
+        mass, x, y = egg(
+            moved,
+            v + 0.22,
+            t.across + 0.035 + t.volume,
+            t.skull - 0.19 + t.rise,
+            t.length + 0.22,
+            0.85 * long,
+        )
         bumps = (noise[15] - 0.5) * 0.34 + (noise[31] - 0.5) * 0.13
         mass -= bumps * (t.curl * 0.75 + 0.10 * (t.style > 1))
         knot = ellipse(u - 0.06, v + t.skull + 0.30, 0.40, 0.36)
@@ -126,10 +152,17 @@ class Hair:
         curls = (noise[31] * 0.65 + noise[15] * 0.55 - 0.1).clamp_(0, 1)
         lines += (curls - lines) * (t.curl * 0.8)
         facing = diffuse(t, x.clamp(-1, 1) * 0.9, y.clamp(-1, 0.3))
-        gloss = ridge(y + 0.52 + 0.14 * (lines - 0.5) - 0.10 * t.light_v, 0.30) * (lines + 0.2) * (facing - 0.1).clamp_(min=0)
+        gloss = (
+            ridge(y + 0.52 + 0.14 * (lines - 0.5) - 0.10 * t.light_v, 0.30)
+            * (lines + 0.2)
+            * (facing - 0.1).clamp_(min=0)
+        )
         light = lines * 0.62 + facing * (t.contrast * 0.75) + (0.40 - t.contrast * 0.56)
         light -= ridge(knot, 0.07) * (0.2 * t.top)
-        return t.hair * light.clamp_(min=0.16)[:, None] + (t.hair + 0.22) * (gloss * (t.shine * 0.9 + 0.08))[:, None]
+        return (
+            t.hair * light.clamp_(min=0.16)[:, None]
+            + (t.hair + 0.22) * (gloss * (t.shine * 0.9 + 0.08))[:, None]
+        )
 
     def draw_back(self):
         """Paint what hangs behind the head and shoulders."""
@@ -143,7 +176,13 @@ class Hair:
         u, v = w.u, w.v
         square, apart = u * u, u - t.part
         jag = (wave(u * 4.3 + t.back_u) * 0.6 + wave(u * 9.1 + t.back_v) * 0.4 - 0.5) * (t.fringe * 1.6)
-        line = square * t.bow + square * square * 0.45 + ((apart * apart + 0.004).sqrt_() - 0.06) * t.peak + jag + t.line
+        line = (
+            square * t.bow
+            + square * square * 0.45
+            + ((apart * apart + 0.004).sqrt_() - 0.06) * t.peak
+            + jag
+            + t.line
+        )
         steep = (2 * t.bow * u + t.peak) ** 2
         brow = (v - line) / (steep + 1).sqrt_()
         lower = v - 0.2
@@ -153,12 +192,6 @@ class Hair:
         w.shade(1 - near(front, 0.14) * w.between("skin", "neck") * (0.20 + 0.25 * t.contrast))
         rooted = step(1 + edge * 9)  # hair is darker where it grows from
         w.paint(w.cover(front), self.colour * (1 - 0.22 * rooted)[:, None], "hair")
-
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0020
-import torch
-
-from .canvas import Canvas, away_unless, blob, box, egg, ellipse, near, pick, ridge, step, wave
-from .parameters import Traits
 
 # %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0022
 def wearers(worn: torch.Tensor) -> torch.Tensor:
@@ -178,7 +211,9 @@ def draw_glasses(canvas: Canvas, traits: Traits):
     corner = t.lens_corner * 0.9 * torch.minimum(t.lens_wide, t.lens_high)
     lens = box(side, v - 0.10 * side * side, t.lens_wide - 0.05 * v, t.lens_high, corner)
     bridge = torch.maximum((v + 0.05 + 0.35 * u * u).abs() - t.frame * 0.8, u.abs() - 0.16)
-    arm = torch.maximum(torch.maximum((v + 0.08).abs() - t.frame * 0.75, 0.74 - u.abs()), w.u.abs() - t.across + 0.03)
+    arm = torch.maximum(
+        torch.maximum((v + 0.08).abs() - t.frame * 0.75, 0.74 - u.abs()), w.u.abs() - t.across + 0.03
+    )
     frame = torch.minimum(torch.minimum(lens.abs() - t.frame, bridge), arm)
     w.shade(1 - 0.22 * near(frame, 0.055) * w.between("skin", "nose"))
     glass = w.cover(lens)
@@ -204,8 +239,12 @@ def draw_earrings(canvas: Canvas, traits: Traits):
     kinds = [(t.earrings == kind).float() for kind in (1, 2, 3)]
     stud = ellipse(u, v, 0.060 * size, 0.060 * size)
     hoop = ellipse(u, v - 0.17 * size, 0.115 * size, 0.155 * size).abs() - 0.026 * size
-    drop = torch.minimum(torch.minimum(ellipse(u, v - 0.27 * size, 0.075 * size, 0.115 * size), box(u, v - 0.1, 0.014 * size, 0.1)),
-                         ellipse(u, v, 0.035, 0.035))
+    drop = torch.minimum(
+        torch.minimum(
+            ellipse(u, v - 0.27 * size, 0.075 * size, 0.115 * size), box(u, v - 0.1, 0.014 * size, 0.1)
+        ),
+        ellipse(u, v, 0.035, 0.035),
+    )
     ring = stud * kinds[0] + hoop * kinds[1] + drop * kinds[2]
     gleam = 0.62 + 0.5 * blob(u + 0.03, v - 0.05, 0.10, 0.12) + 0.45 * wave(v * 4 + u * 3)
     tone = pick(kinds[2][:, None], t.band_colour * 0.6 + 0.25, t.metal)
@@ -233,13 +272,28 @@ def draw_hats(canvas: Canvas, traits: Traits, noise: dict[int, torch.Tensor]):
     below = visor * cap + brim * brimmed + pom * knitted
     below = away_unless(below, torch.maximum(1 - knitted, (t.back_warp > 0.5).float()))
     overhang = torch.minimum(crown, away_unless(below, 1 - knitted))
-    w.shade(1 - near(overhang, 0.28) * torch.maximum(w.between("skin", "neck"), w.between("hair", "hair")) * (0.22 + 0.40 * t.contrast))
+    w.shade(
+        1
+        - near(overhang, 0.28)
+        * torch.maximum(w.between("skin", "neck"), w.between("hair", "hair"))
+        * (0.22 + 0.40 * t.contrast)
+    )
     depth = (1.02 - x * x).clamp_(min=0).sqrt_()
-    light = 0.62 + 0.34 * depth + x * (0.55 * t.contrast * t.light_u) + (v + 0.9) * (0.30 * t.contrast * t.light_v) + 0.14 * (texture - 0.5)
+    light = (
+        0.62
+        + 0.34 * depth
+        + x * (0.55 * t.contrast * t.light_u)
+        + (v + 0.9) * (0.30 * t.contrast * t.light_v)
+        + 0.14 * (texture - 0.5)
+    )
     light += (wave(x * 13 * (1 - 0.25 * x * x)) * 0.22 - 0.11) * knitted
     light -= ridge(x.abs() - 0.45 * (1 + y * 0.6), 0.04) * (0.18 * cap)  # seams
     band = w.cover(rim - v - 0.26 - 0.04 * knitted) * (1 - cap)
-    colour = t.hat_colour + (pick(knitted[:, None], t.hat_colour * 0.82 + 0.06, t.band_colour * 0.8) - t.hat_colour) * band[:, None]
+    colour = (
+        t.hat_colour
+        + (pick(knitted[:, None], t.hat_colour * 0.82 + 0.06, t.band_colour * 0.8) - t.hat_colour)
+        * band[:, None]
+    )
     w.paint(w.cover(crown), colour * light[:, None], "hat")
     slope = pick(brimmed, 0.66 + 0.45 * step((-v - 0.42) * 4), 0.72 + 0.30 * step((v + 0.70) * 3))
     slope = pick(knitted, 0.6 + 0.5 * texture, slope + u * (0.28 * t.contrast * t.light_u))

@@ -10,6 +10,10 @@ __all__ = ['SKINS', 'HAIRS', 'IRISES', 'STYLES', 'SHAPE', 'STYLE', 'LONG', 'WEIG
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
+import torch
+
+from ..core import FaceVAEError
 
 # %% ../../nbs/04_synthetic/01_parameters.ipynb #c0005
 class Draws:
@@ -46,7 +50,7 @@ class Draws:
     def table(self, columns: int) -> np.ndarray:
         """A table of numbers in [0, 1), (B, columns)."""
         self.used += columns
-        return self.numbers[:, self.used - columns:self.used]
+        return self.numbers[:, self.used - columns : self.used]
 
 # %% ../../nbs/04_synthetic/01_parameters.ipynb #c0009
 def ramp(colours: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -62,42 +66,90 @@ def vivid(draws: Draws, saturation, value) -> np.ndarray:
     wheel = np.clip(np.abs((hue + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     return np.asarray(value)[:, None] * (1 - np.asarray(saturation)[:, None] * (1 - wheel))
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0012
-from collections.abc import Sequence
-
-import numpy as np
-import pandas as pd
-import torch
-
-from ..core import FaceVAEError
-
 # %% ../../nbs/04_synthetic/01_parameters.ipynb #c0014
-SKINS = np.array([(250, 222, 206), (240, 202, 176), (226, 178, 144), (200, 146, 108),
-                  (160, 108, 76), (116, 74, 52), (84, 54, 42)]) / 255
-HAIRS = {"black": (30, 26, 28), "dark brown": (58, 40, 31), "brown": (100, 66, 44), "auburn": (128, 66, 40),
-         "red": (172, 84, 42), "blond": (206, 166, 98), "platinum": (228, 206, 158), "gray": (150, 148, 150),
-         "white": (214, 212, 210)}
-IRISES = np.array([(74, 46, 30), (104, 66, 38), (120, 102, 54), (78, 112, 74), (82, 124, 160), (112, 128, 140)]) / 255
+SKINS = (
+    np.array(
+        [
+            (250, 222, 206),
+            (240, 202, 176),
+            (226, 178, 144),
+            (200, 146, 108),
+            (160, 108, 76),
+            (116, 74, 52),
+            (84, 54, 42),
+        ]
+    )
+    / 255
+)
+HAIRS = {
+    "black": (30, 26, 28),
+    "dark brown": (58, 40, 31),
+    "brown": (100, 66, 44),
+    "auburn": (128, 66, 40),
+    "red": (172, 84, 42),
+    "blond": (206, 166, 98),
+    "platinum": (228, 206, 158),
+    "gray": (150, 148, 150),
+    "white": (214, 212, 210),
+}
+IRISES = (
+    np.array([(74, 46, 30), (104, 66, 38), (120, 102, 54), (78, 112, 74), (82, 124, 160), (112, 128, 140)])
+    / 255
+)
 
 # %% ../../nbs/04_synthetic/01_parameters.ipynb #c0016
-STYLES = ("bald", "shaved", "short", "receding", "side part", "quiff", "bowl", "curly", "bob", "long", "wavy", "curtains", "bun")
-SHAPE = ("volume", "rise", "length", "flare", "lock", "front", "line", "bow", "peak", "fringe", "waviness", "curl", "top")
+STYLES = (
+    "bald",
+    "shaved",
+    "short",
+    "receding",
+    "side part",
+    "quiff",
+    "bowl",
+    "curly",
+    "bob",
+    "long",
+    "wavy",
+    "curtains",
+    "bun",
+)
+SHAPE = (
+    "volume",
+    "rise",
+    "length",
+    "flare",
+    "lock",
+    "front",
+    "line",
+    "bow",
+    "peak",
+    "fringe",
+    "waviness",
+    "curl",
+    "top",
+)
 #                volume rise length flare lock front  line   bow  peak fringe wavy curl top
-STYLE = np.array([[0.00, 0.00, 0.00, 0.00, 1.00, 0.00, -1.30, 0.0, 0.00, 0.00, 0.0, 0.0, 0.0],   # bald
-                  [0.02, 0.03, 0.40, 0.00, 0.97, 0.10, -0.84, 0.42, 0.00, 0.00, 0.0, 0.0, 0.0],  # shaved
-                  [0.07, 0.17, 0.42, 0.00, 0.95, 0.22, -0.78, 0.40, 0.00, 0.07, 0.0, 0.2, 0.0],  # short
-                  [0.04, 0.05, 0.42, 0.00, 0.95, 0.25, -0.98, -0.10, -0.28, 0.03, 0.0, 0.1, 0.0],  # receding
-                  [0.09, 0.22, 0.40, 0.00, 0.95, 0.25, -0.92, 0.05, 0.42, 0.03, 0.0, 0.0, 0.0],  # side part
-                  [0.05, 0.40, 0.40, 0.00, 0.96, 0.25, -0.86, 0.34, 0.00, 0.04, 0.0, 0.3, 0.0],  # quiff
-                  [0.20, 0.18, 0.45, 0.02, 0.90, 0.35, -0.46, 0.16, 0.00, 0.06, 0.0, 0.0, 0.0],  # bowl
-                  [0.36, 0.42, 0.60, 0.05, 0.92, 0.45, -0.74, 0.46, 0.00, 0.10, 0.2, 1.0, 0.0],  # curly
-                  [0.26, 0.20, 1.40, 0.10, 0.84, 1.25, -0.84, 0.42, 0.30, 0.00, 0.1, 0.0, 0.0],  # bob
-                  [0.24, 0.20, 2.60, 0.10, 0.86, 2.30, -0.90, 0.40, 0.35, 0.00, 0.2, 0.0, 0.0],  # long
-                  [0.34, 0.26, 2.30, 0.22, 0.86, 2.10, -0.88, 0.40, 0.35, 0.02, 1.0, 0.5, 0.0],  # wavy
-                  [0.24, 0.18, 1.90, 0.06, 0.80, 1.60, -0.98, 0.20, 0.75, 0.00, 0.3, 0.0, 0.0],  # curtains
-                  [0.09, 0.08, 0.30, 0.00, 0.95, 0.20, -0.86, 0.46, 0.10, 0.00, 0.0, 0.0, 1.0]])  # bun
+STYLE = np.array(
+    [
+        [0.00, 0.00, 0.00, 0.00, 1.00, 0.00, -1.30, 0.0, 0.00, 0.00, 0.0, 0.0, 0.0],  # bald
+        [0.02, 0.03, 0.40, 0.00, 0.97, 0.10, -0.84, 0.42, 0.00, 0.00, 0.0, 0.0, 0.0],  # shaved
+        [0.07, 0.17, 0.42, 0.00, 0.95, 0.22, -0.78, 0.40, 0.00, 0.07, 0.0, 0.2, 0.0],  # short
+        [0.04, 0.05, 0.42, 0.00, 0.95, 0.25, -0.98, -0.10, -0.28, 0.03, 0.0, 0.1, 0.0],  # receding
+        [0.09, 0.22, 0.40, 0.00, 0.95, 0.25, -0.92, 0.05, 0.42, 0.03, 0.0, 0.0, 0.0],  # side part
+        [0.05, 0.40, 0.40, 0.00, 0.96, 0.25, -0.86, 0.34, 0.00, 0.04, 0.0, 0.3, 0.0],  # quiff
+        [0.20, 0.18, 0.45, 0.02, 0.90, 0.35, -0.46, 0.16, 0.00, 0.06, 0.0, 0.0, 0.0],  # bowl
+        [0.36, 0.42, 0.60, 0.05, 0.92, 0.45, -0.74, 0.46, 0.00, 0.10, 0.2, 1.0, 0.0],  # curly
+        [0.26, 0.20, 1.40, 0.10, 0.84, 1.25, -0.84, 0.42, 0.30, 0.00, 0.1, 0.0, 0.0],  # bob
+        [0.24, 0.20, 2.60, 0.10, 0.86, 2.30, -0.90, 0.40, 0.35, 0.00, 0.2, 0.0, 0.0],  # long
+        [0.34, 0.26, 2.30, 0.22, 0.86, 2.10, -0.88, 0.40, 0.35, 0.02, 1.0, 0.5, 0.0],  # wavy
+        [0.24, 0.18, 1.90, 0.06, 0.80, 1.60, -0.98, 0.20, 0.75, 0.00, 0.3, 0.0, 0.0],  # curtains
+        [0.09, 0.08, 0.30, 0.00, 0.95, 0.20, -0.86, 0.46, 0.10, 0.00, 0.0, 0.0, 1.0],
+    ]
+)  # bun
 LONG = np.array([style in ("bob", "long", "wavy", "curtains") for style in STYLES])
-WEIGHTS = np.array([[6, 7, 20, 10, 17, 13, 5, 8, 0, 3, 2, 2, 1], [0.4, 1, 4, 0.3, 5, 2, 3, 10, 17, 22, 20, 13, 12.0]])
+WEIGHTS = np.array(
+    [[6, 7, 20, 10, 17, 13, 5, 8, 0, 3, 2, 2, 1], [0.4, 1, 4, 0.3, 5, 2, 3, 10, 17, 22, 20, 13, 12.0]]
+)
 
 
 def hair(draws: Draws, manly: np.ndarray, age: np.ndarray, tone: np.ndarray) -> dict[str, np.ndarray]:
@@ -122,8 +174,20 @@ def hair(draws: Draws, manly: np.ndarray, age: np.ndarray, tone: np.ndarray) -> 
     pale = np.clip(1.15 - 2.4 * tone, 0, 1)
     grey = np.clip((age - 0.62) * 4, 0, 1)
     one = np.ones_like(age)
-    shades = np.stack([(0.5 + 1.2 * tone), one, 0.9 * (0.2 + pale), 0.35 * pale, 0.22 * pale, 0.8 * pale, 0.3 * pale,
-                       4 * grey, 2 * grey**2], axis=1)
+    shades = np.stack(
+        [
+            (0.5 + 1.2 * tone),
+            one,
+            0.9 * (0.2 + pale),
+            0.35 * pale,
+            0.22 * pale,
+            0.8 * pale,
+            0.3 * pale,
+            4 * grey,
+            2 * grey**2,
+        ],
+        axis=1,
+    )
     colour = draws.choice(shades)
     base = np.array(list(HAIRS.values()))[colour] / 255
     values["hair"] = np.clip(base * draws.uniform(0.86, 1.14)[:, None], 0, 1)
@@ -144,81 +208,157 @@ def sample_characters(indices: Sequence[int], seed: int = 0) -> dict[str, np.nda
     indices = list(indices)
     if seed < 0 or any(index < 0 for index in indices):
         bad = seed if seed < 0 else min(indices)
-        raise FaceVAEError(f"{bad} is not the number of a face or seed: both count from 0. Ask for 0 or more.")
+        raise FaceVAEError(
+            f"{bad} is not the number of a face or seed: both count from 0. Ask for 0 or more."
+        )
     draws = Draws(indices, seed, FEATURES + NOISE * NOISE)
     uniform, bell, chance = draws.uniform, draws.bell, draws.chance
     manly, age, tone = chance(0.47), uniform() * uniform(0.6, 1.1), uniform()
     p = {"tone": tone, "skin": ramp(SKINS, tone) * (1 + bell(0, 0.025)[:, None] * np.array([0.4, 0.0, -1.0]))}
     # Where the head is: turned by the half-angle formulas, which need no sine.
     lean = bell(0, 0.032)
-    p |= {"cosine": (1 - lean**2) / (1 + lean**2), "sine": 2 * lean / (1 + lean**2),
-          "column": bell(0.5, 0.012), "row": bell(0.470, 0.010), "unit": bell(0.282, 0.008), "yaw": bell(0, 0.07)}
-    p |= {"across": bell(0.95, 0.03) + 0.02 * manly, "skull": bell(1.18, 0.04), "chin": bell(1.44, 0.05) + 0.03 * manly,
-          "taper": bell(0.12, 0.06) - 0.05 * manly, "jaw": np.clip(bell(0.16, 0.11) + 0.16 * manly, 0, 0.6)}
+    p |= {
+        "cosine": (1 - lean**2) / (1 + lean**2),
+        "sine": 2 * lean / (1 + lean**2),
+        "column": bell(0.5, 0.012),
+        "row": bell(0.470, 0.010),
+        "unit": bell(0.282, 0.008),
+        "yaw": bell(0, 0.07),
+    }
+    p |= {
+        "across": bell(0.95, 0.03) + 0.02 * manly,
+        "skull": bell(1.18, 0.04),
+        "chin": bell(1.44, 0.05) + 0.03 * manly,
+        "taper": bell(0.12, 0.06) - 0.05 * manly,
+        "jaw": np.clip(bell(0.16, 0.11) + 0.16 * manly, 0, 0.6),
+    }
     # Eyes and brows.
-    p |= {"eye_apart": bell(0.435, 0.014), "eye_wide": bell(0.212, 0.011), "open": np.clip(bell(1.05, 0.18), 0.45, 1.5),
-          "slant": bell(0.06, 0.07), "iris": ramp(IRISES, np.where(tone < 0.5, uniform(), uniform(0, 0.25))),
-          "gaze_u": bell(0, 0.025), "gaze_v": bell(0, 0.010), "lash": uniform(0.010, 0.018) + 0.016 * ~manly,
-          "brow_height": bell(0.30, 0.025) - 0.03 * manly, "brow_arch": np.clip(bell(0.9, 0.45) - 0.35 * manly, 0.05, 2),
-          "brow_slant": bell(-0.015, 0.035), "brow_thick": np.clip(bell(0.040, 0.011) + 0.014 * manly, 0.018, 0.085)}
-    p |= {"nose_wide": np.clip(bell(0.195, 0.024) + 0.02 * manly + 0.025 * tone, 0.14, 0.30), "nose_long": bell(0.60, 0.03),
-          "bridge": bell(0.5, 0.06)}
+    p |= {
+        "eye_apart": bell(0.435, 0.014),
+        "eye_wide": bell(0.212, 0.011),
+        "open": np.clip(bell(1.05, 0.18), 0.45, 1.5),
+        "slant": bell(0.06, 0.07),
+        "iris": ramp(IRISES, np.where(tone < 0.5, uniform(), uniform(0, 0.25))),
+        "gaze_u": bell(0, 0.025),
+        "gaze_v": bell(0, 0.010),
+        "lash": uniform(0.010, 0.018) + 0.016 * ~manly,
+        "brow_height": bell(0.30, 0.025) - 0.03 * manly,
+        "brow_arch": np.clip(bell(0.9, 0.45) - 0.35 * manly, 0.05, 2),
+        "brow_slant": bell(-0.015, 0.035),
+        "brow_thick": np.clip(bell(0.040, 0.011) + 0.014 * manly, 0.018, 0.085),
+    }
+    p |= {
+        "nose_wide": np.clip(bell(0.195, 0.024) + 0.02 * manly + 0.025 * tone, 0.14, 0.30),
+        "nose_long": bell(0.60, 0.03),
+        "bridge": bell(0.5, 0.06),
+    }
     # Expression: a laugh opens the mouth, lifts its corners and narrows the eyes.
     mood = uniform()
     smiling = mood < 0.5
     p["smile"] = np.where(smiling, uniform(0.45, 1.0), uniform(-0.16, 0.18))
     opened = np.where(smiling, chance(0.68), chance(0.22))
-    p["gape"] = opened * np.where(smiling, uniform(0.07, 0.21) * (0.5 + 0.7 * p["smile"]), uniform(0.03, 0.12))
+    p["gape"] = opened * np.where(
+        smiling, uniform(0.07, 0.21) * (0.5 + 0.7 * p["smile"]), uniform(0.03, 0.12)
+    )
     p["open"] = p["open"] * (1 - 0.22 * np.clip(p["smile"], 0, 1))
-    p |= {"mouth_wide": bell(0.345, 0.017) + 0.06 * np.clip(p["smile"], 0, 1), "mouth_height": bell(0.945, 0.02),
-          "upper_lip": np.clip(bell(0.084, 0.016) + 0.014 * tone - 0.016 * manly, 0.042, 0.13),
-          "lower_lip": np.clip(bell(0.116, 0.019) + 0.016 * tone - 0.018 * manly, 0.06, 0.17)}
+    p |= {
+        "mouth_wide": bell(0.345, 0.017) + 0.06 * np.clip(p["smile"], 0, 1),
+        "mouth_height": bell(0.945, 0.02),
+        "upper_lip": np.clip(bell(0.084, 0.016) + 0.014 * tone - 0.016 * manly, 0.042, 0.13),
+        "lower_lip": np.clip(bell(0.116, 0.019) + 0.016 * tone - 0.018 * manly, 0.06, 0.17),
+    }
     p |= hair(draws, manly, age, tone)
     long = LONG[p["style"]]
     lipstick = chance(np.where(manly, 0.0, np.where(long, 0.62, 0.35)))
     p["lipstick"] = lipstick
-    red = ramp(np.array([(186, 40, 52), (206, 72, 84), (168, 44, 84), (150, 40, 48), (214, 100, 96)]) / 255, uniform())
+    red = ramp(
+        np.array([(186, 40, 52), (206, 72, 84), (168, 44, 84), (150, 40, 48), (214, 100, 96)]) / 255,
+        uniform(),
+    )
     natural = p["skin"] * np.array([0.86, 0.66, 0.66]) + np.array([0.02, 0.0, 0.01])
     p["lips"] = np.where(lipstick[:, None], red * (1.05 - 0.35 * tone)[:, None], natural)
     p["shadow"] = lipstick * uniform(0, 0.6)
     p["shadow_colour"] = vivid(draws, np.full(len(tone), 0.35), np.full(len(tone), 0.45))
     p["blush"] = uniform(0.05, 0.22) + 0.18 * lipstick
     p["lines"] = np.clip(age - 0.35, 0, 1) * uniform(0.5, 1.1)
-    beard = np.where(manly, draws.choice(np.array([52, 14, 9, 8, 17.0])), 0)  # none, stubble, mustache, goatee, full
+    beard = np.where(
+        manly, draws.choice(np.array([52, 14, 9, 8, 17.0])), 0
+    )  # none, stubble, mustache, goatee, full
     p |= {"beard": beard.astype(float), "stubble": np.where(beard == 1, uniform(0.22, 0.42), 0)}
     # What is worn.
-    hat = np.where(chance(np.where(p["style"] == 12, 0.0, 0.13)), 1 + draws.choice(np.array([35, 35, 30.0])), 0)
-    p |= {"hat": hat.astype(float), "hat_colour": vivid(draws, uniform(0.05, 0.75), uniform(0.15, 0.85)),
-          "band_colour": vivid(draws, uniform(0, 0.8), uniform(0.1, 0.95)), "hat_high": uniform(0.9, 1.15)}
+    hat = np.where(
+        chance(np.where(p["style"] == 12, 0.0, 0.13)), 1 + draws.choice(np.array([35, 35, 30.0])), 0
+    )
+    p |= {
+        "hat": hat.astype(float),
+        "hat_colour": vivid(draws, uniform(0.05, 0.75), uniform(0.15, 0.85)),
+        "band_colour": vivid(draws, uniform(0, 0.8), uniform(0.1, 0.95)),
+        "hat_high": uniform(0.9, 1.15),
+    }
     p["volume"] = np.where(hat > 0, np.minimum(p["volume"], 0.2), p["volume"])
     p["rise"] = np.where(hat > 0, np.minimum(p["rise"], 0.1), p["rise"])
     glasses = np.where(chance(0.10 + 0.14 * age), 1 + chance(0.28), 0)  # none, clear, sun
-    p |= {"glasses": glasses.astype(float), "lens_wide": uniform(0.29, 0.345), "lens_high": uniform(0.20, 0.29),
-          "lens_corner": uniform(0.3, 1.0), "frame": uniform(0.018, 0.042),
-          "frame_colour": np.where(chance(0.6)[:, None], uniform(0.04, 0.16)[:, None] * np.ones(3),
-                                   vivid(draws, uniform(0.3, 0.8), uniform(0.25, 0.7))),
-          "tint": vivid(draws, uniform(0.1, 0.5), uniform(0.08, 0.2))}
+    p |= {
+        "glasses": glasses.astype(float),
+        "lens_wide": uniform(0.29, 0.345),
+        "lens_high": uniform(0.20, 0.29),
+        "lens_corner": uniform(0.3, 1.0),
+        "frame": uniform(0.018, 0.042),
+        "frame_colour": np.where(
+            chance(0.6)[:, None],
+            uniform(0.04, 0.16)[:, None] * np.ones(3),
+            vivid(draws, uniform(0.3, 0.8), uniform(0.25, 0.7)),
+        ),
+        "tint": vivid(draws, uniform(0.1, 0.5), uniform(0.08, 0.2)),
+    }
     earrings = np.where(chance(np.where(manly, 0.03, 0.40)), 1 + draws.choice(np.array([35, 35, 30.0])), 0)
     metal = np.where(chance(0.5)[:, None], np.array([0.85, 0.68, 0.32]), np.array([0.80, 0.82, 0.86]))
     p |= {"earrings": earrings.astype(float), "metal": metal, "earring_size": uniform(0.8, 1.25)}
     necklace = np.where(chance(np.where(manly, 0.04, 0.34)), 1 + chance(0.5), 0)  # none, chain, pearls
-    collar = draws.choice(np.where(manly[:, None], np.array([30, 12, 34, 14, 10.0]), np.array([26, 26, 10, 12, 26.0])))
-    collar = np.where((necklace > 0) & ((collar == 2) | (collar == 3)), 0, collar)  # round, V, shirt, turtle, wide
-    p |= {"necklace": necklace.astype(float), "necklace_drop": uniform(0.30, 0.42), "collar": collar.astype(float),
-          "cloth": vivid(draws, uniform(0.0, 0.8), uniform(0.12, 0.95)), "cloth2": vivid(draws, uniform(0, 0.7), uniform(0.2, 0.98)),
-          "pattern_u": uniform(1, 4), "pattern_v": uniform(1, 4), "pattern": draws.choice(np.array([50, 14, 10, 12, 14.0])).astype(float),
-          "neck_wide": bell(0.45, 0.025) + 0.10 * manly, "shoulder": bell(0.24, 0.03) - 0.04 * manly, "neckline": uniform(0.0, 1.0)}
+    collar = draws.choice(
+        np.where(manly[:, None], np.array([30, 12, 34, 14, 10.0]), np.array([26, 26, 10, 12, 26.0]))
+    )
+    collar = np.where(
+        (necklace > 0) & ((collar == 2) | (collar == 3)), 0, collar
+    )  # round, V, shirt, turtle, wide
+    p |= {
+        "necklace": necklace.astype(float),
+        "necklace_drop": uniform(0.30, 0.42),
+        "collar": collar.astype(float),
+        "cloth": vivid(draws, uniform(0.0, 0.8), uniform(0.12, 0.95)),
+        "cloth2": vivid(draws, uniform(0, 0.7), uniform(0.2, 0.98)),
+        "pattern_u": uniform(1, 4),
+        "pattern_v": uniform(1, 4),
+        "pattern": draws.choice(np.array([50, 14, 10, 12, 14.0])).astype(float),
+        "neck_wide": bell(0.45, 0.025) + 0.10 * manly,
+        "shoulder": bell(0.24, 0.03) - 0.04 * manly,
+        "neckline": uniform(0.0, 1.0),
+    }
     # Light, and what the camera makes of it.
-    p |= {"light_u": uniform(-0.85, 0.85), "light_v": uniform(-0.75, 0.05), "contrast": uniform(0.28, 0.62),
-          "exposure": bell(1.0, 0.05), "shine": uniform(0.03, 0.16), "cast": bell(0, 0.03), "grain": uniform(0.004, 0.02),
-          "grain_u": uniform(), "grain_v": uniform()}
+    p |= {
+        "light_u": uniform(-0.85, 0.85),
+        "light_v": uniform(-0.75, 0.05),
+        "contrast": uniform(0.28, 0.62),
+        "exposure": bell(1.0, 0.05),
+        "shine": uniform(0.03, 0.16),
+        "cast": bell(0, 0.03),
+        "grain": uniform(0.004, 0.02),
+        "grain_u": uniform(),
+        "grain_v": uniform(),
+    }
     for name in ("skin", "lips", "hair"):
         p[name] = p[name] * p["exposure"][:, None]
     # What is behind.
     for number in range(4):
         p[f"back{number}"] = vivid(draws, uniform(0, 0.85) * uniform(0.5, 1.0), uniform(0.08, 1.0))
-    p |= {"back": draws.choice(np.array([10, 12, 10, 10, 11, 11, 10, 10, 8, 8.0])).astype(float),
-          "back_u": bell(0, 1), "back_v": bell(0, 1), "back_scale": uniform(), "back_warp": uniform(), "back_turn": bell(0, 0.5)}
+    p |= {
+        "back": draws.choice(np.array([10, 12, 10, 10, 11, 11, 10, 10, 8, 8.0])).astype(float),
+        "back_u": bell(0, 1),
+        "back_v": bell(0, 1),
+        "back_scale": uniform(),
+        "back_warp": uniform(),
+        "back_turn": bell(0, 0.5),
+    }
     p["spots"] = draws.table(12 * 4).reshape(len(tone), 12, 4)
     p["noise"] = draws.table(NOISE * NOISE).reshape(len(tone), NOISE, NOISE)
     return p
@@ -234,7 +374,9 @@ class Traits:
         flat = {name: np.asarray(value, np.float32).reshape(len(value), -1) for name, value in values.items()}
         table = torch.from_numpy(np.concatenate(list(flat.values()), axis=1)).to(device)  # (B, all columns)
         ends = np.cumsum([value.shape[1] for value in flat.values()])
-        self._set(table, {name: (end - value.shape[1], end) for (name, value), end in zip(flat.items(), ends)})
+        self._set(
+            table, {name: (end - value.shape[1], end) for (name, value), end in zip(flat.items(), ends)}
+        )
 
     def _set(self, table, columns):
         self._table, self._columns = table, columns
@@ -244,7 +386,9 @@ class Traits:
         if name.startswith("_") or name not in self._columns:
             raise AttributeError(name)
         start, end = self._columns[name]
-        return self._table[:, start:end].reshape(len(self._table), *((end - start,) if end - start > 1 else ()), 1, 1)
+        return self._table[:, start:end].reshape(
+            len(self._table), *((end - start,) if end - start > 1 else ()), 1, 1
+        )
 
     def __getitem__(self, faces: torch.Tensor) -> "Traits":
         return object.__new__(Traits)._set(self._table[faces], self._columns)
@@ -253,11 +397,38 @@ class Traits:
         return len(self._table)
 
 # %% ../../nbs/04_synthetic/01_parameters.ipynb #c0026
-ATTRIBUTES = ("5_o_Clock_Shadow", "Arched_Eyebrows", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose", "Black_Hair",
-              "Blond_Hair", "Brown_Hair", "Bushy_Eyebrows", "Eyeglasses", "Goatee", "Gray_Hair", "Heavy_Makeup",
-              "Mouth_Slightly_Open", "Mustache", "Narrow_Eyes", "No_Beard", "Oval_Face", "Pale_Skin", "Receding_Hairline",
-              "Rosy_Cheeks", "Smiling", "Straight_Hair", "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick",
-              "Wearing_Necklace")
+ATTRIBUTES = (
+    "5_o_Clock_Shadow",
+    "Arched_Eyebrows",
+    "Bags_Under_Eyes",
+    "Bald",
+    "Bangs",
+    "Big_Lips",
+    "Big_Nose",
+    "Black_Hair",
+    "Blond_Hair",
+    "Brown_Hair",
+    "Bushy_Eyebrows",
+    "Eyeglasses",
+    "Goatee",
+    "Gray_Hair",
+    "Heavy_Makeup",
+    "Mouth_Slightly_Open",
+    "Mustache",
+    "Narrow_Eyes",
+    "No_Beard",
+    "Oval_Face",
+    "Pale_Skin",
+    "Receding_Hairline",
+    "Rosy_Cheeks",
+    "Smiling",
+    "Straight_Hair",
+    "Wavy_Hair",
+    "Wearing_Earrings",
+    "Wearing_Hat",
+    "Wearing_Lipstick",
+    "Wearing_Necklace",
+)
 
 
 def attributes(p: dict[str, np.ndarray], indices: Sequence[int]) -> pd.DataFrame:
@@ -268,16 +439,35 @@ def attributes(p: dict[str, np.ndarray], indices: Sequence[int]) -> pd.DataFrame
     seen = haired & (style != "shaved") & (bare | LONG[p["style"]])  # what a hat hides does not count
     open_eyes = p["glasses"] < 2
     table = {
-        "5_o_Clock_Shadow": p["beard"] == 1, "Mustache": (p["beard"] == 2) | (p["beard"] == 4), "Goatee": p["beard"] == 3,
-        "No_Beard": (p["beard"] == 0), "Bald": ~haired, "Receding_Hairline": (style == "receding") & bare,
-        "Bangs": p["bangs"] & bare, "Straight_Hair": seen & (p["waviness"] < 0.5) & (p["curl"] < 0.4),
+        "5_o_Clock_Shadow": p["beard"] == 1,
+        "Mustache": (p["beard"] == 2) | (p["beard"] == 4),
+        "Goatee": p["beard"] == 3,
+        "No_Beard": (p["beard"] == 0),
+        "Bald": ~haired,
+        "Receding_Hairline": (style == "receding") & bare,
+        "Bangs": p["bangs"] & bare,
+        "Straight_Hair": seen & (p["waviness"] < 0.5) & (p["curl"] < 0.4),
         "Wavy_Hair": seen & ((p["waviness"] >= 0.5) | (p["curl"] >= 0.4)),
-        "Black_Hair": haired & (names == "black"), "Brown_Hair": haired & np.isin(names, ("dark brown", "brown", "auburn")),
-        "Blond_Hair": haired & np.isin(names, ("blond", "platinum")), "Gray_Hair": haired & np.isin(names, ("gray", "white")),
-        "Arched_Eyebrows": p["brow_arch"] > 1.0, "Bushy_Eyebrows": p["brow_thick"] > 0.056, "Narrow_Eyes": (p["open"] < 0.72) & open_eyes,
-        "Bags_Under_Eyes": (p["lines"] > 0.35) & open_eyes, "Big_Nose": p["nose_wide"] > 0.235, "Big_Lips": p["upper_lip"] + p["lower_lip"] > 0.232,
-        "Smiling": p["smile"] > 0.3, "Mouth_Slightly_Open": p["gape"] > 0, "Wearing_Lipstick": p["lipstick"],
-        "Heavy_Makeup": p["shadow"] > 0.3, "Rosy_Cheeks": p["blush"] > 0.33, "Pale_Skin": p["tone"] < 0.10,
-        "Oval_Face": (p["jaw"] < 0.2) & (p["taper"] > 0.08), "Eyeglasses": p["glasses"] > 0, "Wearing_Hat": p["hat"] > 0,
-        "Wearing_Earrings": p["earrings"] > 0, "Wearing_Necklace": p["necklace"] > 0}
+        "Black_Hair": haired & (names == "black"),
+        "Brown_Hair": haired & np.isin(names, ("dark brown", "brown", "auburn")),
+        "Blond_Hair": haired & np.isin(names, ("blond", "platinum")),
+        "Gray_Hair": haired & np.isin(names, ("gray", "white")),
+        "Arched_Eyebrows": p["brow_arch"] > 1.0,
+        "Bushy_Eyebrows": p["brow_thick"] > 0.056,
+        "Narrow_Eyes": (p["open"] < 0.72) & open_eyes,
+        "Bags_Under_Eyes": (p["lines"] > 0.35) & open_eyes,
+        "Big_Nose": p["nose_wide"] > 0.235,
+        "Big_Lips": p["upper_lip"] + p["lower_lip"] > 0.232,
+        "Smiling": p["smile"] > 0.3,
+        "Mouth_Slightly_Open": p["gape"] > 0,
+        "Wearing_Lipstick": p["lipstick"],
+        "Heavy_Makeup": p["shadow"] > 0.3,
+        "Rosy_Cheeks": p["blush"] > 0.33,
+        "Pale_Skin": p["tone"] < 0.10,
+        "Oval_Face": (p["jaw"] < 0.2) & (p["taper"] > 0.08),
+        "Eyeglasses": p["glasses"] > 0,
+        "Wearing_Hat": p["hat"] > 0,
+        "Wearing_Earrings": p["earrings"] > 0,
+        "Wearing_Necklace": p["necklace"] > 0,
+    }
     return pd.DataFrame({name: table[name] for name in ATTRIBUTES}, index=pd.Index(indices, name="face"))

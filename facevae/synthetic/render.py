@@ -7,7 +7,7 @@ __all__ = ['SMOOTH', 'GRAIN', 'SMALLEST', 'GROUP', 'PALETTE', 'develop', 'draw_c
            'colour_labels', 'SyntheticSource']
 
 # %% ../../nbs/04_synthetic/05_render.ipynb #c0003
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,18 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .canvas import Canvas, Placement
-from .parameters import ATTRIBUTES, Traits, attributes, sample_characters
 from ..core import FaceVAEError
+from ..data.labels import CLASSES
+from ..data.packing import Faces
+from ..data.store import check_size
 from .background import draw_background, noises
-from .hair_and_clothes import draw_body
+from .canvas import Canvas, Placement
 from .face import draw_eyes, draw_head, draw_mouth, draw_nose
-from .hair_and_clothes import Hair
-from .hair_and_clothes import draw_earrings, draw_glasses, draw_hats
+from .hair_and_clothes import Hair, draw_body, draw_earrings, draw_glasses, draw_hats
+from .parameters import ATTRIBUTES, Traits, attributes, sample_characters
 
 # %% ../../nbs/04_synthetic/05_render.ipynb #c0006
 SMOOTH = 72  # pixels a side below which pictures are painted at twice the size
-GRAIN = torch.from_numpy(np.random.Philox(key=[0, 0]).random_raw(3 * 256 * 32).view(np.uint8).reshape(3, 256, 256) / 127.5 - 1).float()
+GRAIN = torch.from_numpy(
+    np.random.Philox(key=[0, 0]).random_raw(3 * 256 * 32).view(np.uint8).reshape(3, 256, 256) / 127.5 - 1
+).float()
 
 
 def develop(canvas: Canvas, traits: Traits) -> torch.Tensor:
@@ -37,11 +40,13 @@ def develop(canvas: Canvas, traits: Traits) -> torch.Tensor:
     grain = GRAIN.to(canvas.image.device).repeat(1, repeats, repeats)
     tops, lefts = ((offset.flatten() * 256).long().tolist() for offset in (t.grain_v, t.grain_u))
     for picture, top, left, strength in zip(canvas.image, tops, lefts, t.grain):
-        picture += grain[:, top:top + size, left:left + size] * strength
+        picture += grain[:, top : top + size, left : left + size] * strength
     return canvas.pictures()
 
 
-def draw_characters(values: dict[str, np.ndarray], size: int = 144, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_characters(
+    values: dict[str, np.ndarray], size: int = 144, device=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw faces from their parameters.
 
     values: what `sample_characters` gives, changed at will. size: side in pixels. device: where to draw.
@@ -89,7 +94,9 @@ def draw_faces(indices: Sequence[int], seed: int = 0, size: int = 144, device=No
     Raises FaceVAEError for a size below 36, or a negative index or seed.
     """
     if size < SMALLEST:
-        raise FaceVAEError(f"A drawn face needs at least {SMALLEST} pixels a side, not {size}. Ask for a size of {SMALLEST} or more.")
+        raise FaceVAEError(
+            f"A drawn face needs at least {SMALLEST} pixels a side, not {size}. Ask for a size of {SMALLEST} or more."
+        )
     indices = list(indices)
     with torch.inference_mode(False):  # the mode is a thread's own, and the threads below write to these
         images = torch.empty(len(indices), size, size, 3, dtype=torch.uint8, device=device)
@@ -98,45 +105,50 @@ def draw_faces(indices: Sequence[int], seed: int = 0, size: int = 144, device=No
 
     def draw(start: int):
         part = slice(start, start + GROUP)
-        images[part], labels[part] = draw_characters({name: value[part] for name, value in values.items()}, size, device)
+        images[part], labels[part] = draw_characters(
+            {name: value[part] for name, value in values.items()}, size, device
+        )
 
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads if images.device.type == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            threads if images.device.type == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             list(pool.map(draw, range(0, len(indices), GROUP)))
     finally:
         torch.set_num_threads(threads)  # the workers' choice would be the default of later threads
     return DrawnFaces(images, labels, attributes(values, indices))
 
 # %% ../../nbs/04_synthetic/05_render.ipynb #c0012
-PALETTE = torch.tensor([(24, 24, 28), (236, 188, 150), (120, 60, 20), (170, 90, 40), (40, 90, 220), (90, 150, 255), (0, 220, 220),
-                        (250, 120, 120), (200, 70, 90), (255, 215, 0), (240, 140, 60), (110, 0, 20), (230, 40, 90), (255, 110, 160),
-                        (190, 150, 110), (255, 255, 120), (70, 150, 80), (130, 70, 170), (230, 70, 230)], dtype=torch.uint8)
+PALETTE = torch.tensor(
+    [
+        (24, 24, 28),
+        (236, 188, 150),
+        (120, 60, 20),
+        (170, 90, 40),
+        (40, 90, 220),
+        (90, 150, 255),
+        (0, 220, 220),
+        (250, 120, 120),
+        (200, 70, 90),
+        (255, 215, 0),
+        (240, 140, 60),
+        (110, 0, 20),
+        (230, 40, 90),
+        (255, 110, 160),
+        (190, 150, 110),
+        (255, 255, 120),
+        (70, 150, 80),
+        (130, 70, 170),
+        (230, 70, 230),
+    ],
+    dtype=torch.uint8,
+)
 
 
 def colour_labels(labels: torch.Tensor) -> torch.Tensor:
     """Label maps as pictures. labels: uint8 (B, H, W). Returns uint8 (B, H, W, 3)."""
     return PALETTE.to(labels.device)[labels.long()]
-
-# %% ../../nbs/04_synthetic/05_render.ipynb #c0028
-import csv
-import io
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-
-import numpy as np
-import pandas as pd
-
-from ..core import FaceVAEError, choices, printable
-from ..data.labels import CLASSES, SCHEMES
-from ..data.store import check_size
-from ..data.packing import Faces, Skipped
-from ..data.sources import label_scheme
-from ..data.images import UnusableInput, read_labels, read_picture
-from ..safe_io import read_bytes
 
 # %% ../../nbs/04_synthetic/05_render.ipynb #c0029
 class SyntheticSource:
@@ -161,4 +173,9 @@ class SyntheticSource:
         for start in range(0, self.count, self.batch):
             numbers = range(start, min(start + self.batch, self.count))
             drawn = draw_faces(numbers, seed=self.seed, size=self.size)
-            yield Faces([f"{i:06d}.png" for i in numbers], drawn.images.numpy(), drawn.labels.numpy(), drawn.attributes)
+            yield Faces(
+                [f"{i:06d}.png" for i in numbers],
+                drawn.images.numpy(),
+                drawn.labels.numpy(),
+                drawn.attributes,
+            )

@@ -32,14 +32,19 @@ def _expected(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, torch.
     """Tensors of the names, shapes and types that a checkpoint holds; Adam has state from its first step on."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        tensors |= {f"optimizer.{index}.step": torch.zeros(()), f"optimizer.{index}.exp_avg": parameter, f"optimizer.{index}.exp_avg_sq": parameter}
+        tensors |= {
+            f"optimizer.{index}.step": torch.zeros(()),
+            f"optimizer.{index}.exp_avg": parameter,
+            f"optimizer.{index}.exp_avg_sq": parameter,
+        }
     return tensors
 
 
 def _restore(tensors: dict[str, torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put flattened state back into a model and an optimiser of the same configuration."""
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()
-                           if name.startswith("model.")})
+    model.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    )
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -60,6 +65,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 class Numbers(BaseModel):
     """What a run counts: its step, and the best validation loss with its step. Others may be kept beside them."""
+
     model_config = ConfigDict(extra="allow", strict=True)
     step: int = Field(ge=0)
     best_loss: Finite | None = None
@@ -72,12 +78,15 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any])
         with atomic_file(path) as partial:
             save_tensors(partial, tensors, numbers)
     except (OSError, SafetensorError) as error:
-        raise FaceVAEError(f"The checkpoint '{path}' could not be written ({error}). Free some space on the device and "
-                           "start the run again: it goes on from its last whole checkpoint.") from error
+        raise FaceVAEError(
+            f"The checkpoint '{path}' could not be written ({error}). Free some space on the device and "
+            "start the run again: it goes on from its last whole checkpoint."
+        ) from error
 
 
-def save_checkpoint(folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-                    numbers: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
+) -> Path:
     """Save the state after `step` steps, and drop all but the newest two checkpoints.
 
     folder: the run's checkpoint directory. numbers: JSON values to keep beside the tensors.
@@ -108,7 +117,9 @@ def load_best(folder: str | Path, model: nn.Module) -> None:
     model.load_state_dict(weights)
 
 
-def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Adam
+) -> dict[str, Any] | None:
     """Restore the newest whole checkpoint and return its numbers, or None when there is none.
 
     A damaged checkpoint is passed over with a warning that names it, and so are those that count on damaged best weights.
@@ -124,7 +135,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
                 best, _ = read_tensors(Path(folder) / BEST, model.state_dict(), "", digest=True)
         except (FaceVAEError, ValidationError) as error:
             why = str(error).splitlines()[0].replace(f"'{path}' ", "it ").strip(" .")
-            warnings.warn(f"The checkpoint '{path}' is passed over ({why}) and the one before it is used; without one, training starts from the beginning.")
+            warnings.warn(
+                f"The checkpoint '{path}' is passed over ({why}) and the one before it is used; without one, training starts from the beginning."
+            )
             continue
         _restore(tensors, model, optimizer)
         return numbers.model_dump()

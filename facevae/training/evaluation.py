@@ -7,15 +7,24 @@ __all__ = ['ACTIVE', 'COLUMNS', 'VIEWS', 'LatentUse', 'save_latents', 'load_late
            'load_metrics', 'evaluate_run']
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0003
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ..core import FaceVAEError, atomic_file
-from ..safe_io import read_table
+from ..core import FaceVAEError, atomic_file, choices, file_digest, write_text
+from ..data.loader import Batches
+from ..data.store import FaceStore
+from ..metrics.filters import WINDOW
+from ..metrics.image import METRICS, load_lpips, mask_iou, measure_views, ms_ssim_scales
+from ..model.vae import FaceVAE, composite
+from ..safe_io import NUMBER, OBJECT, mistyped, read_table
+from .run import RunDirectory
+from .trainer import run_card
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0005
 ACTIVE = 0.01  # variance of a posterior mean over faces, from which a dimension counts as active
@@ -42,11 +51,20 @@ class LatentUse:
         Raises FaceVAEError before any face was added.
         """
         if not self.count:
-            raise FaceVAEError("No face was encoded, so nothing is known of the latents. Evaluate at least one image.")
+            raise FaceVAEError(
+                "No face was encoded, so nothing is known of the latents. Evaluate at least one image."
+            )
         mean, square, variance, kl = (self.sums / self.count).cpu().numpy()
         mean_variance = np.maximum(square - mean**2, 0)
-        return pd.DataFrame({"dimension": np.arange(len(kl)), "kl": kl, "mean_variance": mean_variance, "noise": variance,
-                             "active": (mean_variance > ACTIVE).astype(np.int64)})
+        return pd.DataFrame(
+            {
+                "dimension": np.arange(len(kl)),
+                "kl": kl,
+                "mean_variance": mean_variance,
+                "noise": variance,
+                "active": (mean_variance > ACTIVE).astype(np.int64),
+            }
+        )
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0007
 COLUMNS = ("dimension", "kl", "mean_variance", "noise", "active")
@@ -64,37 +82,18 @@ def load_latents(path: str | Path) -> pd.DataFrame:
     remedy = "It is written when a run is evaluated: evaluate the run again."
     table, _ = read_table(path, remedy, texts=())
     if list(table) != list(COLUMNS) or table.empty or not np.isfinite(table.astype(float)).all(axis=None):
-        raise FaceVAEError(f"'{path}' is not a table of latent dimensions ({', '.join(COLUMNS)}, all finite). {remedy}")
+        raise FaceVAEError(
+            f"'{path}' is not a table of latent dimensions ({', '.join(COLUMNS)}, all finite). {remedy}"
+        )
     return table
-
-# %% ../../nbs/09_training/05_evaluation.ipynb #c0010
-from collections.abc import Callable, Iterable
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-from ..core import FaceVAEError, atomic_file, choices, file_digest, write_text
-from ..data.loader import Batches
-from ..metrics.image import METRICS, mask_iou, measure_views, ms_ssim_scales
-from ..model.vae import FaceVAE, composite
-from ..metrics.image import load_lpips
-from .run import RunDirectory
-from .trainer import run_card
-from ..data.store import FaceStore
-from ..safe_io import NUMBER, OBJECT, mistyped
-from ..safe_io import read_table
-from ..metrics.filters import WINDOW
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0013
 VIEWS = ("raw", "composite", "face", "predicted")
 
 
-def views(images: Tensor, recon: Tensor, mask: Tensor,
-          mask_logits: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor | None]]:
+def views(
+    images: Tensor, recon: Tensor, mask: Tensor, mask_logits: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor | None]]:
     """{view: (pred, weight)} of a batch of reconstructions; no `predicted` without mask_logits.
 
     images, recon: (B, 3, H, W) in [0, 1]. mask: (B, 1, H, W) in [0, 1], 1 for the face. mask_logits: (B, 1, H, W).
@@ -107,8 +106,14 @@ def views(images: Tensor, recon: Tensor, mask: Tensor,
     return found
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0019
-def _metrics_of(model: nn.Module, images: Tensor, mask: Tensor, names: list[str],
-                lpips: Callable | None, latents: LatentUse | None = None) -> dict[str, dict[str, Tensor]]:
+def _metrics_of(
+    model: nn.Module,
+    images: Tensor,
+    mask: Tensor,
+    names: list[str],
+    lpips: Callable | None,
+    latents: LatentUse | None = None,
+) -> dict[str, dict[str, Tensor]]:
     """{view: {metric: (B,)}} of one batch."""
     out = model(images, sample=False)
     if latents is not None:
@@ -116,12 +121,19 @@ def _metrics_of(model: nn.Module, images: Tensor, mask: Tensor, names: list[str]
     # A model that ran in lower precision is judged in float32.
     recon = out.recon.float()
     logits = None if out.mask_logits is None else out.mask_logits.float()
-    found = measure_views(views=views(images, recon, mask, logits), target=images, lpips=lpips,
-                          names=[name for name in names if name != "mask_iou"])
+    found = measure_views(
+        views=views(images, recon, mask, logits),
+        target=images,
+        lpips=lpips,
+        names=[name for name in names if name != "mask_iou"],
+    )
     if "mask_iou" in names:
         for view, row in found.items():
-            row["mask_iou"] = (mask_iou(pred_mask=logits.sigmoid(), target_mask=mask) if view == "predicted"
-                               else recon.new_full((len(recon),), float("nan")))
+            row["mask_iou"] = (
+                mask_iou(pred_mask=logits.sigmoid(), target_mask=mask)
+                if view == "predicted"
+                else recon.new_full((len(recon),), float("nan"))
+            )
     return found
 
 
@@ -129,14 +141,22 @@ def _check(names: list[str], images: Tensor, masks: Tensor) -> None:
     """Raise FaceVAEError unless the batch is whole."""
     expected = (len(names), 1, *images.shape[-2:])
     if len(names) != len(images) or tuple(masks.shape) != expected:
-        raise FaceVAEError(f"A batch holds {len(names)} names, images {tuple(images.shape)} and masks {tuple(masks.shape)}; "
-                           "expected as many names as images (B, 3, H, W), and masks (B, 1, H, W).")
+        raise FaceVAEError(
+            f"A batch holds {len(names)} names, images {tuple(images.shape)} and masks {tuple(masks.shape)}; "
+            "expected as many names as images (B, 3, H, W), and masks (B, 1, H, W)."
+        )
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[list[str], Tensor, Tensor]], names: Iterable[str] = tuple(METRICS),
-             device: str | torch.device | None = None, lpips: Callable | str | None = "auto",
-             progress: bool = False, latents: LatentUse | None = None) -> pd.DataFrame:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[list[str], Tensor, Tensor]],
+    names: Iterable[str] = tuple(METRICS),
+    device: str | torch.device | None = None,
+    lpips: Callable | str | None = "auto",
+    progress: bool = False,
+    latents: LatentUse | None = None,
+) -> pd.DataFrame:
     """Every metric of every image on every view: a row for each image and view, in the order of `batches`.
 
     model: `model(images, sample=False)` gives recon (B, 3, H, W) in [0, 1] and mask_logits (B, 1, H, W) or None.
@@ -168,10 +188,14 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[list[str], Tensor, Tensor
         for image_names, images, masks in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
             _check(image_names, images, masks)
             if size not in (None, images.shape[-2:]):
-                raise FaceVAEError(f"Images of {tuple(size)} and {tuple(images.shape[-2:])} px in one evaluation; "
-                                   "MS-SSIM and VIF depend on the size. Evaluate each size by itself.")
+                raise FaceVAEError(
+                    f"Images of {tuple(size)} and {tuple(images.shape[-2:])} px in one evaluation; "
+                    "MS-SSIM and VIF depend on the size. Evaluate each size by itself."
+                )
             size = images.shape[-2:]
-            found = _metrics_of(model, images.to(device).float(), masks.to(device).float(), names, lpips, latents)
+            found = _metrics_of(
+                model, images.to(device).float(), masks.to(device).float(), names, lpips, latents
+            )
             parts.append(_rows(image_names, found))
     finally:
         for module, mode in training.items():
@@ -179,14 +203,20 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[list[str], Tensor, Tensor
     if not parts:
         raise FaceVAEError("There are no images to evaluate. Check the split: is it empty?")
     table = pd.concat(parts, ignore_index=True)
-    table.attrs = {"ms_ssim": {"window": WINDOW, "scales": ms_ssim_scales(*size)}, "absent": absent, "size": size[0]}
+    table.attrs = {
+        "ms_ssim": {"window": WINDOW, "scales": ms_ssim_scales(*size)},
+        "absent": absent,
+        "size": size[0],
+    }
     return table
 
 
 def _rows(image_names: list[str], found: dict[str, dict[str, Tensor]]) -> pd.DataFrame:
     """{view: {metric: (B,)}} as rows, an image's views one after the other."""
-    columns = {"image": np.repeat(np.array(image_names, dtype=object), len(found)),
-               "view": list(found) * len(image_names)}
+    columns = {
+        "image": np.repeat(np.array(image_names, dtype=object), len(found)),
+        "view": list(found) * len(image_names),
+    }
     for name in next(iter(found.values())):
         columns[name] = torch.stack([row[name] for row in found.values()], 1).flatten().cpu().numpy()
     return pd.DataFrame(columns)
@@ -201,14 +231,24 @@ def save_metrics(table: pd.DataFrame, path: str | Path) -> Path:
 
 def load_metrics(path: str | Path) -> pd.DataFrame:
     """The rows of `evaluate`, attrs included. Raises FaceVAEError when the file is missing or not such a table."""
-    remedy = "It is written when an evaluation ends: evaluate the run again, or give the metrics.parquet of a run."
+    remedy = (
+        "It is written when an evaluation ends: evaluate the run again, or give the metrics.parquet of a run."
+    )
     table, attributes = read_table(path, remedy, texts=("image", "view"))
     if table.empty or (unknown := set(table["view"]) - set(VIEWS)):
-        raise FaceVAEError(f"'{path}' has {'no rows' if table.empty else f'the unknown view {min(unknown)[:100]!r}'}. {remedy}")
+        raise FaceVAEError(
+            f"'{path}' has {'no rows' if table.empty else f'the unknown view {min(unknown)[:100]!r}'}. {remedy}"
+        )
     wrong = mistyped(attributes, {"ms_ssim": OBJECT, "absent": OBJECT, "size": NUMBER})
-    table.attrs = {key: attributes[key] for key in ("ms_ssim", "absent", "size") if key in attributes and key not in wrong}
+    table.attrs = {
+        key: attributes[key]
+        for key in ("ms_ssim", "absent", "size")
+        if key in attributes and key not in wrong
+    }
     if "absent" in table.attrs:
-        table.attrs["absent"] = {name: str(reason)[:500] for name, reason in table.attrs["absent"].items() if name in METRICS}
+        table.attrs["absent"] = {
+            name: str(reason)[:500] for name, reason in table.attrs["absent"].items() if name in METRICS
+        }
     return table
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0030
@@ -223,8 +263,15 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae = FaceVAE.from_pretrained(run.model).to(device, memory_format=torch.channels_last)
         # A GPU is given enough to do at a time; on a processor so little that it finds room in what training has freed.
-        batches = Batches(store, "test", size=config.size, parts=config.face_parts, limit=config.test_images or None,
-                          batch_size=128 if device.type == "cuda" else 8, device=device)
+        batches = Batches(
+            store,
+            "test",
+            size=config.size,
+            parts=config.face_parts,
+            limit=config.test_images or None,
+            batch_size=128 if device.type == "cuda" else 8,
+            device=device,
+        )
         latents = LatentUse()
         table = evaluate(vae, batches, progress=progress, latents=latents)
         save_latents(latents.table(), run.latents)

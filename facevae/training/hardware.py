@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..model.batch_norm import BatchNorm
 
 # %% ../../nbs/09_training/03_hardware.ipynb #c0004
 def device_name(device: torch.device) -> str:
@@ -71,13 +75,6 @@ def choose_compile(wanted: Literal["auto", "on", "off"], device: torch.device, s
         return wanted == "on"
     return device.type == "cuda" and steps >= LONG_RUN and importlib.util.find_spec("triton") is not None
 
-# %% ../../nbs/09_training/03_hardware.ipynb #c0015
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from ..model.batch_norm import BatchNorm
-
 # %% ../../nbs/09_training/03_hardware.ipynb #c0017
 class _Sum(torch.autograd.Function):
     """The sum of a tensor over all processes; so is its gradient."""
@@ -116,9 +113,13 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(inputs)
         count = inputs.numel() // inputs.shape[1] * processes()
         values = inputs.float()
-        variance, mean = (part.double() for part in torch.var_mean(values, (0, 2, 3), correction=0))  # (C,), of this process' part
+        variance, mean = (
+            part.double() for part in torch.var_mean(values, (0, 2, 3), correction=0)
+        )  # (C,), of this process' part
         # The mean of equal parts' means and mean squares; in 64 bits, because their difference is small.
-        mean, square = (sum_over_processes(torch.stack([mean, variance + mean.square()])) / processes()).unbind()
+        mean, square = (
+            sum_over_processes(torch.stack([mean, variance + mean.square()])) / processes()
+        ).unbind()
         mean, variance = mean.float(), (square - mean.square()).float()
         with torch.no_grad():
             self.num_batches_tracked += 1

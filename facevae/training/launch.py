@@ -19,9 +19,9 @@ import typer
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
 
+from ..config import RunConfig, make_config, parse_settings
 from ..core import FaceVAEError
 from .evaluation import evaluate_run
-from ..config import RunConfig, make_config, parse_settings
 from .run import RunDirectory
 from .trainer import train
 
@@ -35,20 +35,32 @@ def launch(config: RunConfig, data: str | Path, out: str | Path, progress: bool 
         return train(config, data, out, progress)
     gpus = torch.cuda.device_count()
     if gpus and gpus < config.processes:
-        raise FaceVAEError(f"{config.processes} processes need as many GPUs, and {gpus} are visible. Set processes={gpus}, or make more "
-                           "visible (CUDA_VISIBLE_DEVICES).")
+        raise FaceVAEError(
+            f"{config.processes} processes need as many GPUs, and {gpus} are visible. Set processes={gpus}, or make more "
+            "visible (CUDA_VISIBLE_DEVICES)."
+        )
     if torch.cuda.is_initialized():
-        raise FaceVAEError("This notebook has used the GPU already, and processes forked from it could not. Restart its kernel, and launch first.")
+        raise FaceVAEError(
+            "This notebook has used the GPU already, and processes forked from it could not. Restart its kernel, and launch first."
+        )
     PartialState._reset_state()  # of a run in this process, which would otherwise count as a launch that has begun
     AcceleratorState._reset_state()
     variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if not gpus:
-        variables |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+        variables |= {
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        }
     try:
         # accelerate announces GPUs whatever there is
         with patch.dict(os.environ, variables), contextlib.redirect_stdout(None):
-            notebook_launcher(_forked, (config, str(data), str(out), progress), num_processes=config.processes,
-                              mixed_precision="no", use_port=str(_free_port()))
+            notebook_launcher(
+                _forked,
+                (config, str(data), str(out), progress),
+                num_processes=config.processes,
+                mixed_precision="no",
+                use_port=str(_free_port()),
+            )
     except Exception as error:  # what a process raised arrives wrapped in one of several classes
         status = RunDirectory(out).status
         if status["state"] != "failed":
@@ -70,12 +82,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 # %% ../../nbs/09_training/06_launch.ipynb #c0006
-def main(hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")],
-         data: Annotated[Path, typer.Option(help="A store, made by facevae pack.")],
-         out: Annotated[Path, typer.Option(help="The run directory.")],
-         preset: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
-         seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
-         settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")] = []):
+def main(
+    hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")],
+    data: Annotated[Path, typer.Option(help="A store, made by facevae pack.")],
+    out: Annotated[Path, typer.Option(help="The run directory.")],
+    preset: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+    ] = [],
+):
     """Train and evaluate one hypothesis in the processes that `accelerate launch` has started."""
     is_main = os.environ.get("RANK", "0") == "0"
     try:

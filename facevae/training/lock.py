@@ -21,12 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from ..core import GUARDS, FaceVAEError, printable, write_text
-from ..system import is_alive, kill, machine, this_process
 from ..safe_io import NUMBER, OBJECT, TEXT, inside, mistyped, read_object
+from ..system import is_alive, kill, machine, this_process
 
 # %% ../../nbs/09_training/00_lock.ipynb #c0005
 STALE_BEATS = 12
-CLAIM = {"host": TEXT, "machine": TEXT, "process": OBJECT, "kernel": OBJECT, "since": NUMBER, "every": NUMBER, "ended": NUMBER}
+CLAIM = {
+    "host": TEXT,
+    "machine": TEXT,
+    "process": OBJECT,
+    "kernel": OBJECT,
+    "since": NUMBER,
+    "every": NUMBER,
+    "ended": NUMBER,
+}
 
 
 def heartbeat_seconds() -> float:
@@ -46,7 +54,9 @@ def newest_claim(path: str | Path) -> tuple[int, dict[str, Any], float]:
     """Number, content and last beat (seconds since the epoch) of a run's newest claim; number 0 when there is none."""
     folder = Path(path) / "claims"
     try:
-        number = max((int(name[:6]) for name in os.listdir(folder) if re.fullmatch(r"\d{6}\.json", name)), default=0)
+        number = max(
+            (int(name[:6]) for name in os.listdir(folder) if re.fullmatch(r"\d{6}\.json", name)), default=0
+        )
         file = folder / f"{number:06d}.json"
         beat = file.stat().st_mtime
     except OSError:
@@ -65,14 +75,21 @@ def is_working(path: str | Path) -> bool:
     if not number or claim.get("ended"):
         return False
     fresh = time.time() - beat < STALE_BEATS * claim.get("every", 5)
-    return fresh and (claim.get("machine") != machine() or is_alive(claim.get("kernel")) or is_alive(claim.get("process")))
+    return fresh and (
+        claim.get("machine") != machine() or is_alive(claim.get("kernel")) or is_alive(claim.get("process"))
+    )
 
 # %% ../../nbs/09_training/00_lock.ipynb #c0007
 def _check(path: Path, number: int) -> None:
     """Raise ClaimLost unless this is the newest claim on the run."""
-    if not (path / "claims" / f"{number:06d}.json").exists() or (path / "claims" / f"{number + 1:06d}.json").exists():
-        raise ClaimLost(f"'{path}' was taken over by another process while this one did not answer. "
-                        "Nothing more is written; the other one goes on with the run.")
+    if (
+        not (path / "claims" / f"{number:06d}.json").exists()
+        or (path / "claims" / f"{number + 1:06d}.json").exists()
+    ):
+        raise ClaimLost(
+            f"'{path}' was taken over by another process while this one did not answer. "
+            "Nothing more is written; the other one goes on with the run."
+        )
 
 
 class Claim:
@@ -207,8 +224,10 @@ def take_claim(path: str | Path) -> Claim:
         alone = _lock(lock)
         number, claim, _ = newest_claim(path)
         here = claim.get("machine") == machine()
-        busy = ClaimBusy(f"Another process is working on '{path}' (process {(claim.get('process') or {}).get('pid')} on "
-                         f"{claim.get('host')}). Wait for it, or choose another --out.")
+        busy = ClaimBusy(
+            f"Another process is working on '{path}' (process {(claim.get('process') or {}).get('pid')} on "
+            f"{claim.get('host')}). Wait for it, or choose another --out."
+        )
         if number and not claim.get("ended") and not (here and alone):
             if _beats(path, lock):
                 raise busy
@@ -218,8 +237,15 @@ def take_claim(path: str | Path) -> Claim:
                 alone = _lock(lock, seconds=5)
         if alone is False and (here or not number or claim.get("ended")):
             raise busy
-        record = {"host": socket.gethostname(), "machine": machine(), "process": this_process(), "kernel": None,
-                  "since": time.time(), "every": heartbeat_seconds(), "ended": None}
+        record = {
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "process": this_process(),
+            "kernel": None,
+            "since": time.time(),
+            "every": heartbeat_seconds(),
+            "ended": None,
+        }
         try:
             with open(inside(path, f"claims/{number + 1:06d}.json"), "x") as file:
                 file.write(json.dumps(record))

@@ -8,17 +8,63 @@ __all__ = ['STATUS', 'ROOTS', 'LOOSE', 'INTERRUPTED', 'status_fields', 'code_mod
            'RunDirectory', 'describe']
 
 # %% ../../nbs/09_training/01_run.ipynb #c0002
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import ValidationError
 
-from ..core import FaceVAEError, printable
-from ..safe_io import NUMBER, OBJECT, TEXT, TEXTS, mistyped, name_problem, read_object
+from .. import __version__
+from ..config import RunConfig
+from ..core import FaceVAEError, atomic_file, printable, write_text
+from ..data.store import FaceStore
+from facevae.safe_io import (
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    inside,
+    mistyped,
+    read_bytes,
+    read_object,
+)
+from .lock import Claim, ClaimLost, is_working, join_claim, newest_claim, take_claim
 
 # %% ../../nbs/09_training/01_run.ipynb #c0003
-STATUS = {name: NUMBER for name in ("step", "steps", "seconds", "seconds_left", "images_per_second", "loss", "best_step", "best_loss", "pid", "updated")} | {
-    "state": TEXT, "error": TEXT, "cell": TEXT, "host": TEXT, "device": TEXT, "versions": OBJECT, "notes": TEXTS}
+STATUS = dict.fromkeys(
+    (
+        "step",
+        "steps",
+        "seconds",
+        "seconds_left",
+        "images_per_second",
+        "loss",
+        "best_step",
+        "best_loss",
+        "pid",
+        "updated",
+    ),
+    NUMBER,
+) | {
+    "state": TEXT,
+    "error": TEXT,
+    "cell": TEXT,
+    "host": TEXT,
+    "device": TEXT,
+    "versions": OBJECT,
+    "notes": TEXTS,
+}
 
 
 def status_fields(path: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -29,14 +75,9 @@ def status_fields(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     found = read_object(Path(path) / "status.json", "The same command writes it again.", most=2**20)
     wrong = mistyped(found, STATUS)
     fields = {key: value for key, value in found.items() if key not in wrong}
-    return {key: printable(value[:4000]) if isinstance(value, str) else value for key, value in fields.items()}, list(wrong.values())
-
-# %% ../../nbs/09_training/01_run.ipynb #c0005
-import hashlib
-import re
-from functools import cache
-from pathlib import Path
-from typing import Any
+    return {
+        key: printable(value[:4000]) if isinstance(value, str) else value for key, value in fields.items()
+    }, list(wrong.values())
 
 # %% ../../nbs/09_training/01_run.ipynb #c0006
 ROOTS = ("training", "evaluation")
@@ -51,7 +92,9 @@ def code_modules() -> dict[str, Path]:
         file = here / f"{name}.py"
         if name not in found and file.is_file():
             found[name] = file
-            waiting += re.findall(r"^\s*from (?:\.|facevae\.)(\w+) import", file.read_text(encoding="utf-8"), flags=re.M)
+            waiting += re.findall(
+                r"^\s*from (?:\.|facevae\.)(\w+) import", file.read_text(encoding="utf-8"), flags=re.M
+            )
     return dict(sorted(found.items()))
 
 
@@ -61,28 +104,27 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for name, file in code_modules().items():
         lines = (line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
-        digest.update("\n".join([name, *(line for line in lines if line and not line.lstrip().startswith("#"))]).encode())
+        digest.update(
+            "\n".join(
+                [name, *(line for line in lines if line and not line.lstrip().startswith("#"))]
+            ).encode()
+        )
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/09_training/01_run.ipynb #c0010
 LOOSE = {"data", "data_source", "label_scheme", "threads", "processes", "feed", "facevae_version"}
 
 
-def record_differences(asked: dict[str, Any], found: dict[str, Any], but: frozenset[str] | set[str] = frozenset()) -> list[str]:
+def record_differences(
+    asked: dict[str, Any], found: dict[str, Any], but: frozenset[str] | set[str] = frozenset()
+) -> list[str]:
     """Sentences that name each setting in which two records differ. but: settings not to look at."""
     keys = [key for key in dict.fromkeys([*asked, *found]) if key not in LOOSE | but]
-    return [f"{key} is {found.get(key)!r} there and {asked.get(key)!r} here" for key in keys if asked.get(key) != found.get(key)]
-
-# %% ../../nbs/09_training/01_run.ipynb #c0014
-import json
-import os
-import time
-from pathlib import Path
-from typing import Any
-
-from .lock import is_working, newest_claim
-from ..core import FaceVAEError, write_text
-from ..safe_io import read_object
+    return [
+        f"{key} is {found.get(key)!r} there and {asked.get(key)!r} here"
+        for key in keys
+        if asked.get(key) != found.get(key)
+    ]
 
 # %% ../../nbs/09_training/01_run.ipynb #c0015
 INTERRUPTED = "Interrupted. The same command goes on from the last checkpoint."
@@ -117,9 +159,14 @@ def write_pending(path: str | Path, **fields: Any) -> None:
     path.mkdir(parents=True, exist_ok=True)
     partial = path / f".status.json.{os.getpid()}.partial"
     try:
-        partial.write_text(json.dumps({"state": "pending", **fields, "updated": round(time.time(), 1)}, indent=1))
+        partial.write_text(
+            json.dumps({"state": "pending", **fields, "updated": round(time.time(), 1)}, indent=1)
+        )
         os.link(partial, path / "status.json")
-    except (FileExistsError, FileNotFoundError):  # it has a status, or somebody who claims it has swept the partial file up
+    except (
+        FileExistsError,
+        FileNotFoundError,
+    ):  # it has a status, or somebody who claims it has swept the partial file up
         pass
     finally:
         partial.unlink(missing_ok=True)
@@ -127,7 +174,9 @@ def write_pending(path: str | Path, **fields: Any) -> None:
 
 def saved_step(path: str | Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
-    return max((int(found.stem[5:]) for found in (Path(path) / "checkpoint").glob("step-*.safetensors")), default=0)
+    return max(
+        (int(found.stem[5:]) for found in (Path(path) / "checkpoint").glob("step-*.safetensors")), default=0
+    )
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -143,37 +192,23 @@ def read_state(path: str | Path) -> dict[str, Any]:
         status |= {"pid": ((claim.get("kernel") or claim.get("process") or {}).get("pid"))}
     # The status was read first: a run that ended since then has written its last state by now.
     elif status["state"] in ("running", "trained") and (status := read_status(path))["state"] == "running":
-        status |= {"state": "lost", "error": "Whoever worked on it has vanished. The same command goes on from the last checkpoint."}
+        status |= {
+            "state": "lost",
+            "error": "Whoever worked on it has vanished. The same command goes on from the last checkpoint.",
+        }
     return status | {"heartbeat": heartbeat}
-
-# %% ../../nbs/09_training/01_run.ipynb #c0020
-import contextlib
-import errno
-import json
-import os
-import platform
-import socket
-import time
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
-
-from .. import __version__
-from .lock import Claim, ClaimLost, join_claim, take_claim
-from ..core import FaceVAEError, atomic_file, write_text
-from ..config import RunConfig
-from ..data.store import FaceStore
-from ..safe_io import inside, read_bytes
 
 # %% ../../nbs/09_training/01_run.ipynb #c0022
 def run_record(config: RunConfig, store: FaceStore) -> dict[str, Any]:
     """What config.json holds: every setting, which faces, and which code."""
-    return config.model_dump(mode="json") | {"data": str(store.path), "data_fingerprint": store.fingerprint,
-                                             "data_source": store.manifest.source, "label_scheme": store.manifest.scheme,
-                                             "facevae_version": __version__, "code": code_digest()}
+    return config.model_dump(mode="json") | {
+        "data": str(store.path),
+        "data_fingerprint": store.fingerprint,
+        "data_source": store.manifest.source,
+        "label_scheme": store.manifest.scheme,
+        "facevae_version": __version__,
+        "code": code_digest(),
+    }
 
 # %% ../../nbs/09_training/01_run.ipynb #c0024
 class RunDirectory:
@@ -225,10 +260,14 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """The configuration that the run was started with. Raises FaceVAEError when there is none."""
         try:
-            return RunConfig.model_validate({k: v for k, v in self.record.items() if k in RunConfig.model_fields})
+            return RunConfig.model_validate(
+                {k: v for k, v in self.record.items() if k in RunConfig.model_fields}
+            )
         except ValidationError:
-            raise FaceVAEError(f"'{self.path}' is not a run directory: its config.json is missing or foreign. Give the "
-                               "--out of a training run.") from None
+            raise FaceVAEError(
+                f"'{self.path}' is not a run directory: its config.json is missing or foreign. Give the "
+                "--out of a training run."
+            ) from None
 
     def update(self, **fields: Any) -> None:
         """Change fields of status.json."""
@@ -236,12 +275,23 @@ class RunDirectory:
             self._claim.check()
         write_status(self.path, **fields)
 
-    def log(self, kind: str, step: int, raw: dict[str, Any], weighted: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def log(
+        self, kind: str, step: int, raw: dict[str, Any], weighted: dict[str, Any], **more: Any
+    ) -> dict[str, Any]:
         """Append one line to log.jsonl, with the loss terms as plain numbers; returns it."""
         raw, weighted = ({name: float(value) for name, value in part.items()} for part in (raw, weighted))
-        entry = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted, **more}
+        entry = {
+            "kind": kind,
+            "step": step,
+            "loss": sum(weighted.values()),
+            "raw": raw,
+            "weighted": weighted,
+            **more,
+        }
         with open(self._at("log.jsonl", writing=True), "a", encoding="utf-8") as file:
-            self._at("log.jsonl")  # again: whoever takes the run over replaces the file, so what was opened before that is nobody's
+            self._at(
+                "log.jsonl"
+            )  # again: whoever takes the run over replaces the file, so what was opened before that is nobody's
             file.write(json.dumps(entry) + "\n")
         return entry
 
@@ -249,8 +299,14 @@ class RunDirectory:
         """Drop what was logged after `step`: a run that goes on from a checkpoint logs it again."""
         log = self._at("log.jsonl")
         if log.exists():
-            write_text(log, "".join(line for line in read_bytes(log, 2**30).decode(errors="replace").splitlines(keepends=True)
-                                    if _step_of(line) <= step))
+            write_text(
+                log,
+                "".join(
+                    line
+                    for line in read_bytes(log, 2**30).decode(errors="replace").splitlines(keepends=True)
+                    if _step_of(line) <= step
+                ),
+            )
 
     def save_samples(self, step: int, image) -> None:
         """Keep a picture of reconstructions after `step` steps, and show it as samples.png."""
@@ -267,14 +323,28 @@ class RunDirectory:
         """
         record = run_record(config, store)
         if self.record and (differences := record_differences(record, self.record)):
-            raise FaceVAEError(f"'{self.path}' holds another run: {'; '.join(differences)}. Choose another --out, delete that "
-                               "directory, or go on with a run of other code by --accept-code.")
+            raise FaceVAEError(
+                f"'{self.path}' holds another run: {'; '.join(differences)}. Choose another --out, delete that "
+                "directory, or go on with a run of other code by --accept-code."
+            )
         with join_claim(self.path) or take_claim(self.path) as self._claim, self._keep_warnings():
             write_text(self.path / "config.json", json.dumps(record, indent=1))
             earlier, begun = self.status.get("seconds", 0), time.perf_counter()
             import torch  # which who claims a run is about to use; reading about runs does without
-            self.update(state="running", error=None, cell=None, steps=config.steps, host=socket.gethostname(), pid=os.getpid(),
-                        versions={"facevae": __version__, "torch": torch.__version__, "python": platform.python_version()})
+
+            self.update(
+                state="running",
+                error=None,
+                cell=None,
+                steps=config.steps,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                versions={
+                    "facevae": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            )
             try:
                 yield self
                 ending = {"state": "trained"} if self.status["state"] == "running" else {}
@@ -283,11 +353,15 @@ class RunDirectory:
                 stopped = isinstance(error, KeyboardInterrupt)
                 ending = {"state": "interrupted" if stopped else "failed", "error": describe(error)}
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise FaceVAEError(f"'{self.path}' could not be written ({error.strerror}). Free some space on the device and start the run "
-                                       "again: it goes on from its last whole checkpoint.") from error
+                    raise FaceVAEError(
+                        f"'{self.path}' could not be written ({error.strerror}). Free some space on the device and start the run "
+                        "again: it goes on from its last whole checkpoint."
+                    ) from error
                 raise
             finally:
-                with contextlib.suppress(ClaimLost, OSError):  # on a full disk the status stays as it was, which readers see as lost
+                with contextlib.suppress(
+                    ClaimLost, OSError
+                ):  # on a full disk the status stays as it was, which readers see as lost
                     self.update(seconds=round(earlier + time.perf_counter() - begun, 1), **ending)
                 self._claim = None
 

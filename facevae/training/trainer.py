@@ -7,14 +7,39 @@ __all__ = ['Terms', 'SETTLED', 'clip_each', 'learning_rate', 'step_noise', 'Fini
            'train_command', 'run_card', 'Trainer', 'train']
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0003
+import contextlib
 import math
+import shlex
+import time
+import warnings
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from ..core import FaceVAEError
-from ..config import RunConfig
+from .. import __version__
+from ..config import RunConfig, format_settings, parse_terms
+from ..core import FaceVAEError, atomic_directory, progress_bar
+from ..data.loader import Batch, Batches, choose_feed, to_device
+from ..data.store import FaceStore
+from ..model.losses import loss_terms, weigh
+from ..model.pretrained import model_card
+from ..model.vae import FaceVAE, composite
+from .checkpoint import load_best, load_checkpoint, save_best, save_checkpoint
+from facevae.training.hardware import (
+    choose_compile,
+    choose_precision,
+    device_name,
+    keep_freed_memory,
+    share_batch_norm,
+    sum_over_processes,
+    threads,
+)
+from .run import RunDirectory
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0005
 def clip_each(parameters, max_norm: float) -> None:
@@ -37,7 +62,9 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 def step_noise(config: RunConfig, step: int, count: int) -> torch.Tensor:
     """The standard normal noise (count, latent_dim) of a step: a function of the seed and the step alone."""
-    noise = np.random.default_rng([config.seed, step, 2]).standard_normal((count, config.latent_dim), dtype=np.float32)
+    noise = np.random.default_rng([config.seed, step, 2]).standard_normal(
+        (count, config.latent_dim), dtype=np.float32
+    )
     return torch.from_numpy(noise)
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0009
@@ -57,18 +84,17 @@ class FiniteWatch:
 
     def check(self) -> None:
         """Raise FaceVAEError naming the first term that was not finite, and its step."""
-        bad = [(step, name) for step, name in zip([] if self.first is None else self.first.tolist(), self.names) if step >= 0]
+        bad = [
+            (step, name)
+            for step, name in zip([] if self.first is None else self.first.tolist(), self.names)
+            if step >= 0
+        ]
         if bad:
             step, name = min(bad, key=lambda item: item[0])
-            raise FaceVAEError(f"The loss term '{name}' was not finite at step {step}, so training stopped. Lower "
-                               "learning_rate, use precision=fp32, or check the pictures; the last checkpoint is whole.")
-
-# %% ../../nbs/09_training/04_trainer.ipynb #c0012
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from ..data.loader import Batch
-from ..model.vae import FaceVAE, composite
+            raise FaceVAEError(
+                f"The loss term '{name}' was not finite at step {step}, so training stopped. Lower "
+                "learning_rate, use precision=fp32, or check the pictures; the last checkpoint is whole."
+            )
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0014
 @torch.no_grad()
@@ -81,7 +107,10 @@ def sample_rows(vae: FaceVAE, batch: Batch) -> dict[str, torch.Tensor]:
     rows = {"original": batch.images, "recon": out.recon}
     if out.mask_logits is not None:
         mask = out.mask_logits.sigmoid()  # (B, 1, H, W)
-        rows |= {"predicted mask": mask.expand(-1, 3, -1, -1), "predicted": composite(batch.images, out.recon, mask)}
+        rows |= {
+            "predicted mask": mask.expand(-1, 3, -1, -1),
+            "predicted": composite(batch.images, out.recon, mask),
+        }
     return rows
 
 
@@ -105,66 +134,66 @@ def sample_grid(vae: FaceVAE, batch: Batch, count: int = 8) -> Image.Image:
     """The first `count` pictures of a batch and what the model makes of them, as one picture."""
     return tile(sample_rows(vae, Batch(batch.names[:count], batch.images[:count], batch.mask[:count])))
 
-# %% ../../nbs/09_training/04_trainer.ipynb #c0018
-import shlex
-
-import pandas as pd
-
-from .. import __version__
-from ..model.pretrained import model_card
-from ..config import RunConfig, format_settings
-from ..data.store import FaceStore
-
 # %% ../../nbs/09_training/04_trainer.ipynb #c0019
 def train_command(config: RunConfig) -> str:
     """The command that trains a run with this configuration, on a store STORE."""
     preset = [] if config.preset == "quick" else ["--preset", config.preset]
     seed = ["--seed", str(config.seed)] if config.seed else []
     settings = [word for setting in format_settings(config) for word in ("--set", setting)]
-    return shlex.join(["facevae", "train", "--hypothesis", config.hypothesis, "--data", "STORE", "--out", "RUN", *preset, *seed, *settings])
+    return shlex.join(
+        [
+            "facevae",
+            "train",
+            "--hypothesis",
+            config.hypothesis,
+            "--data",
+            "STORE",
+            "--out",
+            "RUN",
+            *preset,
+            *seed,
+            *settings,
+        ]
+    )
 
 
-def run_card(config: RunConfig, store: FaceStore, best_step: int | None = None, metrics: pd.DataFrame | None = None) -> str:
+def run_card(
+    config: RunConfig, store: FaceStore, best_step: int | None = None, metrics: pd.DataFrame | None = None
+) -> str:
     """The model card of a run, in Markdown.
 
     config: the run's configuration, its size decided. store: the faces. best_step: the step whose weights were kept. metrics: rows of `evaluate` on the test faces.
     """
     objective = f"{config.terms}, {'with' if config.mask else 'without'} face masks"
     source = store.manifest.source
-    facts = {"hypothesis": config.hypothesis, "loss": f"{objective}; weights: {', '.join(f'{name} {value:g}' for name, value in config.weights.items())}",
-             "network": f"{config.size} x {config.size} pixels, width {config.width:g}, {config.latent_dim} latents, sampling {config.sampling}",
-             "training": f"{config.steps:,} steps of {config.batch_size} faces, learning rate {config.learning_rate:g} ({config.schedule}), seed {config.seed}, preset {config.preset}",
-             "command": train_command(config), "weights kept": f"those of step {best_step:,}, of the lowest validation loss" if best_step else "of the lowest validation loss",
-             "faces": ", ".join(f"{len(store.rows(split)):,} {split}" for split in ("train", "val", "test")) + f", packed at {store.size} pixels",
-             "source of the faces": ", ".join([str(source.get("kind", "not named")), *(f"{key} {source[key]}" for key in ("count", "seed", "size") if source.get("kind") == "synthetic" and key in source)]),
-             "label scheme": store.manifest.scheme,
-             "counted as face": ", ".join(config.face_parts), "fingerprint of the store": store.fingerprint, "facevae": __version__}
+    facts = {
+        "hypothesis": config.hypothesis,
+        "loss": f"{objective}; weights: {', '.join(f'{name} {value:g}' for name, value in config.weights.items())}",
+        "network": f"{config.size} x {config.size} pixels, width {config.width:g}, {config.latent_dim} latents, sampling {config.sampling}",
+        "training": f"{config.steps:,} steps of {config.batch_size} faces, learning rate {config.learning_rate:g} ({config.schedule}), seed {config.seed}, preset {config.preset}",
+        "command": train_command(config),
+        "weights kept": f"those of step {best_step:,}, of the lowest validation loss"
+        if best_step
+        else "of the lowest validation loss",
+        "faces": ", ".join(f"{len(store.rows(split)):,} {split}" for split in ("train", "val", "test"))
+        + f", packed at {store.size} pixels",
+        "source of the faces": ", ".join(
+            [
+                str(source.get("kind", "not named")),
+                *(
+                    f"{key} {source[key]}"
+                    for key in ("count", "seed", "size")
+                    if source.get("kind") == "synthetic" and key in source
+                ),
+            ]
+        ),
+        "label scheme": store.manifest.scheme,
+        "counted as face": ", ".join(config.face_parts),
+        "fingerprint of the store": store.fingerprint,
+        "facevae": __version__,
+    }
     origin = {**source, "scheme": store.manifest.scheme, "notes": " ".join(store.manifest.notes)}
     return model_card(f"{config.hypothesis} ({objective})", facts, origin, metrics)
-
-# %% ../../nbs/09_training/04_trainer.ipynb #c0023
-import contextlib
-import math
-import time
-import warnings
-from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import nn
-
-from .checkpoint import load_best, load_checkpoint, save_best, save_checkpoint
-from ..core import FaceVAEError, atomic_directory, progress_bar
-from .hardware import choose_compile, choose_precision, device_name, keep_freed_memory, threads
-from ..data.loader import choose_feed, to_device
-from ..config import RunConfig
-from ..data.loader import Batch, Batches
-from ..model.losses import loss_terms, weigh
-from ..model.vae import FaceVAE
-from .hardware import share_batch_norm, sum_over_processes
-from .run import RunDirectory
-from ..data.store import FaceStore
-from ..config import parse_terms
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0025
 Terms = dict[str, torch.Tensor]
@@ -177,8 +206,15 @@ class Trainer:
     precision: "fp32" or "bf16", instead of what the configuration and the device suggest.
     """
 
-    def __init__(self, config: RunConfig, store: FaceStore, accelerator: Accelerator, precision: str | None = None):
-        self.config, self.store, self.accelerator, self.device = config, store, accelerator, accelerator.device
+    def __init__(
+        self, config: RunConfig, store: FaceStore, accelerator: Accelerator, precision: str | None = None
+    ):
+        self.config, self.store, self.accelerator, self.device = (
+            config,
+            store,
+            accelerator,
+            accelerator.device,
+        )
         self.share = accelerator.process_index, accelerator.num_processes
         self.precision = precision or choose_precision(config.precision, self.device)
         self.compiled = choose_compile(config.compile, self.device, config.steps)
@@ -188,22 +224,32 @@ class Trainer:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = config.norm_momentum
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=config.learning_rate, eps=config.adam_epsilon, fused=True
+        )
         self.model, self.optimizer = accelerator.prepare(share_batch_norm(model, self.device), optimizer)
         self.terms = parse_terms(config.terms)
         options = dict(size=config.size, parts=config.face_parts, device=self.device, share=self.share)
-        self.data = Batches(store, "train", batch_size=config.batch_size, seed=config.seed, flip=config.flip, **options)
-        self.val = Batches(store, "val", batch_size=config.batch_size, limit=config.val_images or None, **options)
+        self.data = Batches(
+            store, "train", batch_size=config.batch_size, seed=config.seed, flip=config.flip, **options
+        )
+        self.val = Batches(
+            store, "val", batch_size=config.batch_size, limit=config.val_images or None, **options
+        )
         # Graphs cannot be replayed around the collective calls of several processes.
         mode = "reduce-overhead" if self.device.type == "cuda" and self.share[1] == 1 else None
-        self.training_terms = torch.compile(self._training_terms, mode=mode) if self.compiled else self._training_terms
+        self.training_terms = (
+            torch.compile(self._training_terms, mode=mode) if self.compiled else self._training_terms
+        )
 
     @property
     def vae(self) -> FaceVAE:
         """The bare model."""
         return self.accelerator.unwrap_model(self.model)
 
-    def objective(self, model: nn.Module, images: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor, **options) -> Terms:
+    def objective(
+        self, model: nn.Module, images: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor, **options
+    ) -> Terms:
         """Raw loss terms of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             out = model(images, noise=noise, sample=True)
@@ -239,8 +285,10 @@ class Trainer:
         except Exception as error:  # the compiler fails in as many ways as there are machines
             if not self.compiled or isinstance(error, torch.OutOfMemoryError):
                 raise
-            warnings.warn(f"The step could not be compiled ({type(error).__name__}: {str(error).splitlines()[0]}); it runs uncompiled. "
-                          "compile=off leaves out the attempt.")
+            warnings.warn(
+                f"The step could not be compiled ({type(error).__name__}: {str(error).splitlines()[0]}); it runs uncompiled. "
+                "compile=off leaves out the attempt."
+            )
             self.compiled, self.training_terms = False, self._training_terms
             return self._forward(batch, noise)
 
@@ -282,11 +330,19 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
     with run.claim(config, store) if main else contextlib.nullcontext(), threads(config.threads):
         accelerator.wait_for_everyone()  # until the run is known to be ours
         trainer = Trainer(config, store, accelerator, run.status.get("precision"))
-        numbers = load_checkpoint(run.checkpoints, trainer.vae, trainer.optimizer) or {"step": 0, "best_loss": None, "best_step": 0}
+        numbers = load_checkpoint(run.checkpoints, trainer.vae, trainer.optimizer) or {
+            "step": 0,
+            "best_loss": None,
+            "best_step": 0,
+        }
         accelerator.wait_for_everyone()  # until all have read it, before anyone writes
         begin = numbers["step"]
         if main:
-            run.update(device=device_name(trainer.device), processes=accelerator.num_processes, precision=trainer.precision)
+            run.update(
+                device=device_name(trainer.device),
+                processes=accelerator.num_processes,
+                precision=trainer.precision,
+            )
             run.rewind(begin)
         watch, seen, clock = FiniteWatch(), begin, time.perf_counter()
         started = clock
@@ -301,14 +357,29 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 watch.check()
                 rate = (done - seen) * config.batch_size / (time.perf_counter() - clock)
                 if main:
-                    entry = run.log("train", done, raw, weighted, images_per_second=round(rate, 1), learning_rate=learning_rate(config, step))
-                    bar.set_postfix({"loss": f"{entry['loss']:.3f}", "images/s": f"{rate:.0f}"}, refresh=False)
-                    run.update(step=done, loss=entry["loss"], images_per_second=round(rate, 1),
-                               seconds_left=round((config.steps - done) * config.batch_size / rate))
+                    entry = run.log(
+                        "train",
+                        done,
+                        raw,
+                        weighted,
+                        images_per_second=round(rate, 1),
+                        learning_rate=learning_rate(config, step),
+                    )
+                    bar.set_postfix(
+                        {"loss": f"{entry['loss']:.3f}", "images/s": f"{rate:.0f}"}, refresh=False
+                    )
+                    run.update(
+                        step=done,
+                        loss=entry["loss"],
+                        images_per_second=round(rate, 1),
+                        seconds_left=round((config.steps - done) * config.batch_size / rate),
+                    )
                 seen, clock = done, time.perf_counter()
             if done == min(begin + SETTLED, config.steps):
                 watch.check()  # waits for the device
-                used = trainer.settle() | ({"compile_seconds": round(time.perf_counter() - started, 1)} if trainer.compiled else {})
+                used = trainer.settle() | (
+                    {"compile_seconds": round(time.perf_counter() - started, 1)} if trainer.compiled else {}
+                )
                 if main:
                     run.update(**used)
                 seen, clock = done, time.perf_counter()
@@ -316,7 +387,9 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 raw, weighted = trainer.validate()
                 loss = sum(weighted.values())
                 if not math.isfinite(loss):
-                    raise FaceVAEError(f"The validation loss was not finite at step {done}. Lower learning_rate.")
+                    raise FaceVAEError(
+                        f"The validation loss was not finite at step {done}. Lower learning_rate."
+                    )
                 best = numbers["best_loss"] is None or loss < numbers["best_loss"]
                 numbers |= {"best_loss": loss, "best_step": done} if best else {}
                 if main:
@@ -334,6 +407,11 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
             trainer.vae.card = run_card(config, store, numbers["best_step"])
             with atomic_directory(run.model, overwrite=True) as folder:
                 trainer.vae.save_pretrained(folder)
-            run.update(step=config.steps, best_step=numbers["best_step"], best_loss=numbers["best_loss"], trained=True)
+            run.update(
+                step=config.steps,
+                best_step=numbers["best_step"],
+                best_loss=numbers["best_loss"],
+                trained=True,
+            )
         accelerator.wait_for_everyone()
     return run.model
