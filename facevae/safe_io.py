@@ -6,20 +6,19 @@
 __all__ = ['MOST_JSON', 'NUMBER', 'TEXT', 'TEXTS', 'TRUTH', 'OBJECT', 'MOST_CELLS', 'MOST_TEXT', 'name_problem', 'inside',
            'require_file', 'read_bytes', 'read_object', 'mistyped', 'read_table']
 
-# %% ../nbs/01_safe_io.ipynb #c0003
+# %% ../nbs/01_safe_io.ipynb #c0002
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as compute
-import pyarrow.parquet as parquet
+from typing import TYPE_CHECKING, Any
 
 from .core import FaceVAEError
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    from pyarrow import parquet
 
 # %% ../nbs/01_safe_io.ipynb #c0005
 def name_problem(name: str, folders: bool = True) -> str:
@@ -134,16 +133,21 @@ def mistyped(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, s
         if values.get(key) is not None and not fits(values[key], kind)
     }
 
-# %% ../nbs/01_safe_io.ipynb #c0019
+# %% ../nbs/01_safe_io.ipynb #c0018
 MOST_CELLS, MOST_TEXT = 400_000_000, 1000
 
 
-def read_table(path: str | Path, remedy: str, texts: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def read_table(
+    path: str | Path, remedy: str, texts: tuple[str, ...]
+) -> tuple["pandas.DataFrame", dict[str, Any]]:
     """A table of numbers, truth values and short texts from a parquet file, and its attributes.
 
     texts: the columns of text, which must be there. remedy: what the user can do, for the error.
     Raises FaceVAEError when it is missing, damaged, without one of `texts`, or holds anything else or anything endless.
     """
+    # Whoever reads no tables does without pandas and pyarrow, which take a second and 70 MB.
+    from pyarrow import parquet
+
     path = Path(path)
     require_file(path, remedy)
     try:
@@ -158,8 +162,10 @@ def read_table(path: str | Path, remedy: str, texts: tuple[str, ...]) -> tuple[p
     return table, attributes
 
 
-def _check_columns(file: parquet.ParquetFile, texts: tuple[str, ...]) -> None:
+def _check_columns(file: "parquet.ParquetFile", texts: tuple[str, ...]) -> None:
     """Raise ValueError unless the columns are what `read_table` reads."""
+    from pyarrow import types
+
     schema, rows = file.schema_arrow, file.metadata.num_rows
     if not 0 <= rows * len(schema.names) <= MOST_CELLS:
         raise ValueError(f"it claims {rows:,} rows of {len(schema.names):,} columns")
@@ -174,25 +180,29 @@ def _check_columns(file: parquet.ParquetFile, texts: tuple[str, ...]) -> None:
     ]:
         raise ValueError(f"the column name {bad[0][:100]!r} is not allowed, or occurs twice")
     for field in schema:
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
         allowed = (
-            (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+            (types.is_string(kind) or types.is_large_string(kind))
             if field.name in texts
-            else (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
+            else (types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind))
         )
         if not allowed:
             raise ValueError(f"the column '{field.name}' holds {field.type}")
 
 
-def _unfold(table: pa.Table, texts: tuple[str, ...]) -> pd.DataFrame:
+def _unfold(table: "pyarrow.Table", texts: tuple[str, ...]) -> "pandas.DataFrame":
     """The table with its texts spelled out in each row, once they are known to be short."""
+    import numpy as np
+    import pandas as pd
+    from pyarrow import compute, types
+
     columns = {}
     for name in table.column_names:
         if name not in texts:
             columns[name] = table[name].to_pandas()
             continue
         chunks = [
-            chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            chunk if types.is_dictionary(chunk.type) else chunk.dictionary_encode()
             for chunk in table[name].chunks
         ]
         longest = max(
@@ -214,7 +224,7 @@ def _unfold(table: pa.Table, texts: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _attributes(file: parquet.ParquetFile) -> dict[str, Any]:
+def _attributes(file: "parquet.ParquetFile") -> dict[str, Any]:
     """The attributes that pandas kept with a table, or an empty dictionary."""
     kept = (file.schema_arrow.metadata or {}).get(b"PANDAS_ATTRS", b"{}")
     value = json.loads(kept) if len(kept) < 2**20 else {}

@@ -39,7 +39,9 @@ def command(*arguments):
     )
 
 
-@pytest.mark.parametrize("module", ["notebooks", "workers"])
+@pytest.mark.parametrize(
+    "module", ["sweep.runner", "sweep.cluster", "sweep.plan", "training.run", "data.store", "config"]
+)
 def test_processes_that_watch_over_a_run_read_no_tables(module):
     assert imported(f"import facevae.{module}", "torch", "pandas") == []
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from facevae.analysis.results import (
     AUTHORS_METRICS,
-    METRIC_STYLE,
+    METRICS,
     Sweep,
     authors_results,
     load_sweep,
@@ -64,8 +64,8 @@ class Claim(BaseModel):
     @classmethod
     def _known(cls, metrics):
         for metric in metrics:
-            if metric not in METRIC_STYLE:
-                raise ValueError(f"'{metric[:80]}' is not a metric. {choices(metric[:80], METRIC_STYLE)}")
+            if metric not in METRICS:
+                raise ValueError(f"'{metric[:80]}' is not a metric. {choices(metric[:80], METRICS)}")
         if not metrics:
             raise ValueError("name at least one metric")
         return metrics
@@ -184,7 +184,7 @@ def _authors_error(cells: pd.DataFrame, hypothesis: str, metric: str, known: dic
 
 def _unit(metric: str) -> float:
     """How much the printed error changes when the metric changes by 1."""
-    style = METRIC_STYLE[metric]
+    style = METRICS[metric]
     return abs(style.error(1.0) - style.error(0.0)) if metric in AUTHORS_METRICS else 1.0
 
 
@@ -224,7 +224,7 @@ def judge_claim(
     for told, *pair in claim_pairs(sweep.cells, claim):
         names = [*pair, *(resolve(sweep.cells, text) for text in claim.beyond or ())]
         for metric in claim.metrics:
-            style, unit = METRIC_STYLE[metric], _unit(metric)
+            style, unit = METRICS[metric], _unit(metric)
             row = {
                 "claim": claim.name,
                 "question": claim.question,

@@ -29,7 +29,7 @@ from facevae.analysis.plots import (
     scatter_plot,
     training_curves,
 )
-from .results import METRIC_STYLE, Sweep, load_sweep, mask_pairs
+from .results import METRICS, Sweep, load_sweep, mask_pairs
 from .statistics import QUESTIONS, Scores, leader, question_pairs
 from ..core import FaceVAEError
 from ..data.labels import FACE_PARTS
@@ -109,7 +109,7 @@ def extreme_images(
     wide = scores.block(metric, "face")
     if not len(wide) or not {first, second} <= set(wide.columns.get_level_values(0)):
         return pd.Series(dtype=float)
-    score = METRIC_STYLE[metric].score
+    score = METRICS[metric].score
     gain = (
         (score(wide[second]) - score(wide[first]))
         .mean(axis=1)
@@ -155,7 +155,7 @@ def extremes_plot(
         figure.text(
             (x + side / 2) / width,
             1 - 0.72 / height,
-            f"{gain:+.{METRIC_STYLE[metric].digits}f}".replace("-", "−"),
+            f"{gain:+.{METRICS[metric].digits}f}".replace("-", "−"),
             ha="center",
             fontsize=8.5,
         )
@@ -171,7 +171,7 @@ def extremes_plot(
     for start, told in ((0, "most ahead"), (half, "most behind")):
         x = label + start * side + (gap if start else 0)
         figure.text(x / width, 1 - 0.5 / height, f"{second[1]} {told}", fontsize=9, fontweight="bold")
-    style = METRIC_STYLE[metric]
+    style = METRICS[metric]
     figure.text(
         0.01,
         1 - 0.22 / height,

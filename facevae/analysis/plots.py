@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from facevae.analysis.results import (
     ERRORS,
-    METRIC_STYLE,
+    METRICS,
     load_sweep,
     loss_key,
     mask_pairs,
@@ -48,7 +48,7 @@ def bars(
         axis.set_axis_off()
     missing, several = False, (part.groupby("hypothesis").seed.nunique() > 1).any()
     for axis, name in zip(axes, shown):
-        style = METRIC_STYLE[name]
+        style = METRICS[name]
         top = style.error(part[name].dropna()).max() * 1.12
         for g, (_, members) in enumerate(groups):
             width = 0.84 / len(members)
@@ -130,7 +130,7 @@ def bars(
     if missing:
         handles.append(Patch(facecolor="white", edgecolor="#bbbbbb", hatch="////", label="no result"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
-    lost = [METRIC_STYLE[name].label for name in ERRORS if name not in shown]
+    lost = [METRICS[name].label for name in ERRORS if name not in shown]
     note = "Lower is better." + (f" Not measured: {', '.join(lost)}." if lost else "")
     figure.suptitle(f"{title} ({view} view)", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color="#555555")
@@ -299,8 +299,8 @@ def interval_plot(table: pd.DataFrame, heading: str, views: tuple[str, ...] = ("
                 linestyle="none",
             )
         axis.axvline(0, color="#222222", linewidth=0.9)
-        unit = METRIC_STYLE[name].unit
-        axis.set_title(METRIC_STYLE[name].label + (f" ({unit})" if unit else ""))
+        unit = METRICS[name].unit
+        axis.set_title(METRICS[name].label + (f" ({unit})" if unit else ""))
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.4, -0.6)
         axis.locator_params(axis="x", nbins=4 if max(map(len, labels)) < 20 else 3)
@@ -365,7 +365,7 @@ def rank_plot(summary: pd.DataFrame, view: str = "face") -> Figure:
     axis.axvline(shown.shape[1] - 1.5, color="white", linewidth=4)
     axis.set_xticks(
         range(shown.shape[1]),
-        [METRIC_STYLE[name].label.replace("Colour ", "Colour\n") for name in table.columns] + ["mean\nrank"],
+        [METRICS[name].label.replace("Colour ", "Colour\n") for name in table.columns] + ["mean\nrank"],
         fontsize=8.5,
     )
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
@@ -408,7 +408,7 @@ def scatter_plot(
     figure = new_figure(max(wide * len(shown), 4.8) + 0.4, 0.9 + (wide + 0.1) * len(metrics))
     grid = figure.subplots(len(metrics), len(shown), squeeze=False)
     for row, metric in zip(grid, metrics):
-        style = METRIC_STYLE[metric]
+        style = METRICS[metric]
         found = [[values.mean(axis=1) for values in blocks[metric, label]] for label, _, _ in shown]
         every = np.concatenate([values for pair in found for values in pair if values.size])
         low, high = np.quantile(every, (0.005, 0.995))
@@ -442,7 +442,7 @@ def scatter_plot(
         row[0].set_ylabel(f"{style.label}, {names[1]}", fontsize=8.5)
     for axis in grid[-1]:
         axis.set_xlabel(names[0], fontsize=8.5)
-    arrows = ", ".join(f"{METRIC_STYLE[metric].label} {METRIC_STYLE[metric].arrow}" for metric in metrics)
+    arrows = ", ".join(f"{METRICS[metric].label} {METRICS[metric].arrow}" for metric in metrics)
     title(
         figure,
         f"Each test image, {names[0]} and {names[1]} ({view} view)",
@@ -479,7 +479,7 @@ def free_pixels_plot(table: pd.DataFrame, metrics: tuple[str, ...] = ("l1", "l2"
             part.apparent * share, range(len(part)), "|", color="black", markersize=14, markeredgewidth=1.8
         )
         axis.axvline(0, color="#222222", linewidth=0.9)
-        axis.set_title(METRIC_STYLE[metric].label)
+        axis.set_title(METRICS[metric].label)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.45, -0.55)
         axis.locator_params(axis="x", nbins=4)

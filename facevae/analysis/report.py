@@ -21,7 +21,7 @@ import pandas as pd
 from .. import __version__
 from .claims import Findings
 from .figures import Plate, study_figures
-from .results import METRIC_STYLE, Sweep, load_sweep, present_metrics
+from .results import METRICS, Sweep, load_sweep, present_metrics
 from .statistics import QUESTIONS
 from facevae.analysis.tables import (
     all_tables,
@@ -175,8 +175,8 @@ def _notes(sweep):
             + "; it is comparable between equal settings only."
         )
     lost = [
-        METRIC_STYLE[name].label
-        for name in METRIC_STYLE
+        METRICS[name].label
+        for name in METRICS
         if name in sweep.metrics and name not in present_metrics(sweep.metrics)
     ]
     if lost:
@@ -228,7 +228,7 @@ def render(found: Findings, figures: dict[str, Plate]) -> str:
         sentences=mask_sentences(found.answers["masks"]),
         authors=authors_table(sweep, summary) if have else None,
         absent=[
-            (METRIC_STYLE[name].label if name in METRIC_STYLE else name, reason)
+            (METRICS[name].label if name in METRICS else name, reason)
             for name, reason in sweep.absent.items()
         ],
         notes=_notes(sweep),

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from facevae.analysis.results import (
-    METRIC_STYLE,
+    METRICS,
     VIEWS,
     Sweep,
     load_sweep,
@@ -141,7 +141,7 @@ def compare(
     """
     rows = []
     for name in scores.names if metrics is None else [name for name in metrics if name in scores.names]:
-        score = METRIC_STYLE[name].score
+        score = METRICS[name].score
         for view in views:
             a, b, *others = scores.pair(name, view, first, second, *(beyond or ()))
             if not a.size:
@@ -205,9 +205,9 @@ def ranks(summary: pd.DataFrame, view: str = "face") -> pd.DataFrame:
     summary: from `over_seeds`.
     """
     part = summary[(summary["view"] == view) & (summary.metric != "mask_iou")]
-    score = [METRIC_STYLE[row[0]].score(row[1]) for row in zip(part.metric, part["mean"])]
+    score = [METRICS[row[0]].score(row[1]) for row in zip(part.metric, part["mean"])]
     wide = part.assign(score=score).pivot_table("score", "hypothesis", "metric", sort=False).dropna()
-    wide = wide[[name for name in METRIC_STYLE if name in wide]]
+    wide = wide[[name for name in METRICS if name in wide]]
     return wide.rank(ascending=False, method="average") if len(wide) else wide
 
 
@@ -295,7 +295,7 @@ def apparent_gain(sweep: Sweep, metrics: list[str] | None = None) -> pd.DataFram
     summary = over_seeds(results(sweep.metrics)).set_index(["hypothesis", "view", "metric"])["mean"]
     rows = []
     for pair in mask_pairs(sweep.cells).itertuples():
-        for name in metrics or [name for name in METRIC_STYLE if name != "mask_iou"]:
+        for name in metrics or [name for name in METRICS if name != "mask_iou"]:
             wanted = [
                 (pair.without, "raw"),
                 (pair.without, "composite"),
@@ -307,7 +307,7 @@ def apparent_gain(sweep: Sweep, metrics: list[str] | None = None) -> pd.DataFram
             if not all((*key, name) in summary.index for key in wanted):
                 continue
             raw, pasted, composite, predicted, face, masked_face = (
-                METRIC_STYLE[name].score(summary[(*key, name)]) for key in wanted
+                METRICS[name].score(summary[(*key, name)]) for key in wanted
             )
             rows.append(
                 {

@@ -18,7 +18,7 @@ from .claims import UNMEASURED, VERDICTS, Findings
 from facevae.analysis.results import (
     AUTHORS_METRICS,
     ERRORS,
-    METRIC_STYLE,
+    METRICS,
     Sweep,
     beside_authors,
     load_sweep,
@@ -67,13 +67,13 @@ def paper_rows(summary: pd.DataFrame, view: str = "face") -> tuple[list[str], li
     summary: from `over_seeds`. Values are means over seeds, with ± the standard deviation where there are several.
     """
     part = summary[summary["view"] == view]
-    names = [name for name in METRIC_STYLE if name in set(part.metric)]
+    names = [name for name in METRICS if name in set(part.metric)]
     place = {}
     for name in names:
         rows = part[part.metric == name]
-        score = pd.Series(
-            [METRIC_STYLE[name].score(value) for value in rows["mean"]], index=rows.hypothesis
-        ).rank(ascending=False, method="min")
+        score = pd.Series([METRICS[name].score(value) for value in rows["mean"]], index=rows.hypothesis).rank(
+            ascending=False, method="min"
+        )
         place |= {
             (hypothesis, name): {1: "best", 2: "second"}.get(rank, "") for hypothesis, rank in score.items()
         }
@@ -85,12 +85,12 @@ def paper_rows(summary: pd.DataFrame, view: str = "face") -> tuple[list[str], li
             if name not in values.index:
                 row.append(("–", ""))
                 continue
-            value, digits = values.loc[name], METRIC_STYLE[name].digits
+            value, digits = values.loc[name], METRICS[name].digits
             spread = f" ± {value.sd:.{digits}f}" if np.isfinite(value.sd) else ""
             row.append((f"{value['mean']:.{digits}f}{spread}".replace("-", "−"), place[hypothesis, name]))
         table.append(row)
     heads = ["Hypothesis", "Loss", "Masks"] + [
-        f"{METRIC_STYLE[name].label} {METRIC_STYLE[name].arrow}" for name in names
+        f"{METRICS[name].label} {METRICS[name].arrow}" for name in names
     ]
     return heads, table
 
@@ -154,7 +154,7 @@ def cell(text, kind="", small=(), span=None) -> dict:
 
 def head(name: str) -> str:
     """A metric as a column head, with its direction and unit."""
-    style = METRIC_STYLE[name]
+    style = METRICS[name]
     label = style.label.replace("Colour ", "Colour\n")
     return f"{label}{' ' if len(style.arrow) == 1 else chr(10)}{style.arrow}" + (
         f"\n({style.unit})" if style.unit else ""
@@ -183,9 +183,9 @@ def results_table(
             cell("–")
             if value is None
             else cell(
-                number(value.mean, METRIC_STYLE[value.metric].digits),
+                number(value.mean, METRICS[value.metric].digits),
                 "best" if value.best else "",
-                [f"±{value.sd:.{METRIC_STYLE[value.metric].digits}f}"]
+                [f"±{value.sd:.{METRICS[value.metric].digits}f}"]
                 if np.isfinite(value.sd) and not groups
                 else [],
             )
@@ -219,7 +219,7 @@ def all_tables(sweep: Sweep, summary: pd.DataFrame) -> dict[str, dict]:
         tables[view] = results_table(
             shown,
             summary,
-            [(name, view) for name in METRIC_STYLE if name in have],
+            [(name, view) for name in METRICS if name in have],
             f"{view.capitalize()} view",
         )
     names = [name for name in ("l1", "l2", "ssim", "delta_e") if name in set(summary.metric)]
@@ -244,7 +244,7 @@ def authors_table(sweep: Sweep, summary: pd.DataFrame) -> dict:
             cell(number(errors.loc[name, who], 3)) for name in AUTHORS_METRICS for who in ("authors", "ours")
         ]
         rows.append(left(next(group.itertuples())) + values)
-    groups = [(METRIC_STYLE[name].error_label, 2) for name in AUTHORS_METRICS]
+    groups = [(METRICS[name].error_label, 2) for name in AUTHORS_METRICS]
     return {
         "caption": "",
         "heads": ["Hypothesis", "Loss", "Masks"] + ["authors", "ours"] * len(groups),
@@ -257,7 +257,7 @@ def authors_table(sweep: Sweep, summary: pd.DataFrame) -> dict:
 # %% ../../nbs/11_analysis/05_tables.ipynb #c0015
 def gain_sentence(gain) -> str:
     """One row of `answer` in words: from, to, by how much, and its interval."""
-    style = METRIC_STYLE[gain.metric]
+    style = METRICS[gain.metric]
     verb = "lowered" if gain.second < gain.first else "raised"
     values = f"{style.label} from {number(gain.first, style.digits)} to {number(gain.second, style.digits)}"
     if style.better == "one" or not gain.first:
@@ -300,7 +300,7 @@ def comparison_table(table: pd.DataFrame, caption: str) -> dict:
             if name not in found:
                 cells.append(cell("–"))
                 continue
-            gain, digits = found[name], METRIC_STYLE[name].digits
+            gain, digits = found[name], METRICS[name].digits
             small = [
                 f"[{number(gain.low, digits)}, {number(gain.high, digits)}]",
                 f"d {number(gain.effect, 1)}, {gain.share_improved:.0%}".replace("%", " %"),
@@ -314,8 +314,7 @@ def comparison_table(table: pd.DataFrame, caption: str) -> dict:
             )
         rows.append([cell(label)] + cells)
     heads = ["Pair"] + [
-        METRIC_STYLE[name].label + (f" ({METRIC_STYLE[name].unit})" if METRIC_STYLE[name].unit else "")
-        for name in names
+        METRICS[name].label + (f" ({METRICS[name].unit})" if METRICS[name].unit else "") for name in names
     ]
     return {"caption": caption, "heads": heads, "left": 1, "rows": rows, "groups": [], "edges": []}
 
@@ -430,7 +429,7 @@ def verdict_tables(found: Findings) -> list[dict]:
     tables = []
     for question in dict.fromkeys(found.parts.question):
         parts = found.parts[found.parts.question == question]
-        names = [name for name in METRIC_STYLE if name in set(parts.metric)]
+        names = [name for name in METRICS if name in set(parts.metric)]
         rows = []
         for claim in found.claims[found.claims.name.isin(parts.claim)].itertuples():
             mine = parts[parts.claim == claim.name]
@@ -461,7 +460,7 @@ def verdict_tables(found: Findings) -> list[dict]:
                 "heading": QUESTIONS.get(question, question),
                 "table": {
                     "caption": "",
-                    "heads": ["Claim", "Verdict"] + [METRIC_STYLE[name].label for name in names],
+                    "heads": ["Claim", "Verdict"] + [METRICS[name].label for name in names],
                     "left": 2,
                     "rows": rows,
                     "groups": [],

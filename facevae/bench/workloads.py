@@ -24,7 +24,7 @@ from ..config import RunConfig
 from ..core import write_text
 from ..data.loader import Batches
 from ..data.store import FILES, RESIZE, ArrayWriter, FaceStore, Manifest
-from ..metrics.image import METRICS
+from ..metrics.tables import METRICS
 from ..model.vae import FaceVAE
 from ..training.evaluation import evaluate
 from ..training.hardware import choose_compile, choose_precision, has_bf16

@@ -6,16 +6,15 @@
 __all__ = ['SIZES', 'SPLITS', 'FILES', 'RESIZE', 'Digest', 'COLOURS', 'check_size', 'hash_split', 'SkippedInput', 'Manifest',
            'read_manifest', 'ArrayWriter', 'open_array', 'read_index', 'contact_sheet', 'FaceStore']
 
-# %% ../../nbs/03_data/02_store.ipynb #c0003
+# %% ../../nbs/03_data/02_store.ipynb #c0002
 import colorsys
 import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from tqdm import tqdm
@@ -23,6 +22,9 @@ from tqdm import tqdm
 from ..core import FaceVAEError, choices, file_digest, printable
 from .labels import CLASSES
 from ..safe_io import MOST_JSON, name_problem, read_bytes, read_table
+
+if TYPE_CHECKING:  # whoever only opens stores does without pandas
+    import pandas
 
 # %% ../../nbs/03_data/02_store.ipynb #c0005
 SIZES = (36, 72, 144, 288)
@@ -103,7 +105,7 @@ def read_manifest(path: str | Path) -> Manifest:
             "Pack the store again, or update facevae if a newer version made it."
         ) from None
 
-# %% ../../nbs/03_data/02_store.ipynb #c0017
+# %% ../../nbs/03_data/02_store.ipynb #c0016
 class ArrayWriter:
     """Writes a uint8 `.npy` file row by row. Used with `with`; the header counts the rows only when the block ends well.
 
@@ -146,7 +148,7 @@ class ArrayWriter:
                 if kind is None:
                     raise
 
-# %% ../../nbs/03_data/02_store.ipynb #c0019
+# %% ../../nbs/03_data/02_store.ipynb #c0018
 def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     """Map a uint8 `.npy` file into memory, read-only.
 
@@ -182,8 +184,8 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     ) as error:  # a file full of holes may claim more than there are addresses
         raise FaceVAEError(f"'{path}' cannot be mapped into memory ({error}). {remedy}") from None
 
-# %% ../../nbs/03_data/02_store.ipynb #c0027
-def read_index(path: str | Path, count: int) -> pd.DataFrame:
+# %% ../../nbs/03_data/02_store.ipynb #c0025
+def read_index(path: str | Path, count: int) -> "pandas.DataFrame":
     """The index table of a store: name, split, then a bool column for each attribute.
 
     path: a parquet file. count: the rows it must have. Raises FaceVAEError when anything in it is not as a store writes it.
@@ -203,7 +205,7 @@ def read_index(path: str | Path, count: int) -> pd.DataFrame:
         raise FaceVAEError(f"'{path}' is not the index of a store ({problem}). {remedy}")
     return index
 
-# %% ../../nbs/03_data/02_store.ipynb #c0033
+# %% ../../nbs/03_data/02_store.ipynb #c0030
 # Hues a golden section apart, full and pale in turn: classes that touch never look alike. The background stays clear.
 COLOURS = np.array(
     [
@@ -230,7 +232,7 @@ def contact_sheet(images: np.ndarray, labels: np.ndarray | None = None, columns:
     sheet = sheet.reshape(lines, columns, size, size, 3).transpose(0, 2, 1, 3, 4)  # (lines, S, columns, S, 3)
     return Image.fromarray(sheet.reshape(lines * size, columns * size, 3))
 
-# %% ../../nbs/03_data/02_store.ipynb #c0035
+# %% ../../nbs/03_data/02_store.ipynb #c0032
 class FaceStore:
     """Packed faces, read-only.
 
@@ -254,7 +256,6 @@ class FaceStore:
     @cached_property
     def index(self) -> "pandas.DataFrame":
         """A row a face: name, split, and a bool column for each attribute."""
-        # which needs pandas; whoever only opens stores does without
         return read_index(self.path / "index.parquet", len(self))
 
     @property

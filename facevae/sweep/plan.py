@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_RUNS', 'AskedHypothesis', 'SweepFile', 'read_sweep', 'settings_text', 'Cell', 'chosen_cells', 'plan', 'report']
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0003
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0002
 import contextlib
 import fcntl
 import json
@@ -90,7 +90,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
         raise FaceVAEError(f"'{path}' is not a sweep: its sweep.json cannot be used ({problem}). {remedy}")
     return found
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0014
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0013
 def settings_text(overrides: dict[str, Any]) -> str:
     """Overrides as the text that the train notebook takes: "steps=200 width=0.5"."""
     return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in overrides.items())
@@ -154,7 +154,7 @@ class Cell:
         """Run the train notebook for this cell, here and now; how it ended also stands in the run's status."""
         return execute_run(**self.job(accept_code), environment=environment, poll=poll)
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0017
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0016
 def chosen_cells(cells: list[Cell], only: str) -> list[Cell]:
     """The cells that a text such as "H1,H9:seed1" names. Raises FaceVAEError for one that is not in the sweep."""
     names = {cell.config.hypothesis: None for cell in cells} | {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NotebookError', 'execute', 'Failure', 'start', 'finish', 'stop', 'Ending', 'execute_run']
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c0003
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0002
 import contextlib
 import json
 import logging
@@ -141,7 +141,7 @@ def start(
     """
     job = json.dumps({"name": name, "output": str(output), "parameters": parameters, "parent": os.getpid()})
     return subprocess.Popen(
-        [sys.executable, "-c", "from facevae.notebooks import _child; _child()", job],
+        [sys.executable, "-c", "from facevae.sweep.runner import _child; _child()", job],
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -226,7 +226,7 @@ def _child() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c0012
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0011
 @dataclass(frozen=True)
 class Ending:
     """How an execution ended. state: done, failed, died, interrupted, or busy (another process has the run). error: why."""
@@ -277,7 +277,7 @@ def _outcome(
         }
     return Ending("failed", failure.error), {"state": "failed", "error": failure.error, "cell": failure.cell}
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c0014
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0013
 def execute_run(
     path: str | Path,
     parameters: dict[str, Any],

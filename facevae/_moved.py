@@ -1,0 +1,66 @@
+"""Import paths of before the library had subpackages: they still work, with a DeprecationWarning, until version 0.2."""
+
+import importlib
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "animation": ["editing.animation"],
+    "comparison": ["analysis.statistics"],
+    "evaluation": ["training.evaluation", "metrics.tables"],
+    "explorer": ["explore.explorer"],
+    "explorer_page": ["explore.server"],
+    "findings": ["analysis.claims"],
+    "hypotheses": ["config"],
+    "latent": ["editing.latent_space"],
+    "latent_directions": ["editing.latent_space"],
+    "loader": ["data.loader"],
+    "photograph": ["model.inference"],
+    "plates": ["analysis.figures"],
+    "report": ["analysis.report"],
+    "report_markdown": ["analysis.report"],
+    "run": ["training.run"],
+    "samples": ["training.trainer"],
+    "sources": ["data.sources", "data.celeba", "synthetic.render"],
+    "status": ["sweep.status"],
+    "store": ["data.store", "data.packing"],
+    "sweeps": ["analysis.results"],
+}
+
+
+class MovedModules:
+    """Finds `facevae.OLD` as a module that fetches each name from where it is now."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        return ModuleSpec(name, MovedModules) if package == "facevae" and old in MOVED else None
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        homes = MOVED[module.__name__.partition(".")[2]]
+
+        def getattribute(name: str) -> Any:
+            for home in homes:
+                found = importlib.import_module(f"facevae.{home}")
+                if hasattr(found, name):
+                    new = f"facevae.{home}"
+                    warnings.warn(
+                        f"{module.__name__}.{name} is now {new}.{name}", DeprecationWarning, stacklevel=2
+                    )
+                    return getattr(found, name)
+            raise AttributeError(
+                f"{name} is no longer in {module.__name__}; see {', '.join(homes)} in facevae"
+            )
+
+        module.__getattr__ = getattribute
+
+
+sys.meta_path.append(MovedModules)
