@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from facevae.data.labels import CLASSES, SCHEMES
+from facevae.data.labels import LABEL_CLASSES, LABEL_SCHEMES
 from facevae.synthetic.render import draw_faces
 
 ATTRIBUTES = (
@@ -145,8 +145,8 @@ def celebamask_hq(faces: Faces, root: Path, order) -> Path:
         Image.fromarray(faces.images[i, 20:198]).resize((356, 356)).save(
             base / "CelebA-HQ-img" / f"{number}.jpg", quality=90
         )
-        for part in SCHEMES["celebamask-hq"][1:]:
-            if (inside := faces.labels[i, 20:198] == CLASSES.index(part)).any():
+        for part in LABEL_SCHEMES["celebamask-hq"][1:]:
+            if (inside := faces.labels[i, 20:198] == LABEL_CLASSES.index(part)).any():
                 Image.fromarray(np.repeat(inside[..., None] * np.uint8(255), 3, 2)).save(
                     base / "CelebAMask-HQ-mask-anno" / "0" / f"{number:05d}_{part}.png"
                 )

@@ -206,7 +206,7 @@ def make_sweep(
     return path
 
 
-def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict:
+def made_up_samples(runs: pd.DataFrame, count: int = 2, side: int = 36) -> dict:
     """Discs for faces, as every finished hypothesis would draw them: what `visual_comparison` takes."""
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij"), -1)
@@ -230,7 +230,7 @@ def made_up_samples(cells: pd.DataFrame, count: int = 2, side: int = 36) -> dict
     )
     original = original.clip(0, 1)
     samples = {"original": original, "mask": mask, "recon": {}, "predicted": {}, "predicted_mask": {}}
-    for row in cells[cells.state == "done"].drop_duplicates("hypothesis").itertuples():
+    for row in runs[runs.state == "done"].drop_duplicates("hypothesis").itertuples():
         blur = np.clip(faces * mask[..., None] + 0.5 * (1 - mask[..., None]), 0, 1)
         samples["recon"][row.hypothesis] = blur
         if row.mask:

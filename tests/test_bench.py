@@ -10,7 +10,7 @@ from conftest import facevae_here
 
 from facevae.bench.baseline import PlainVAE, plain_losses
 from facevae.config import make_config
-from facevae.model.losses import loss_terms, weigh
+from facevae.model.losses import loss_terms, weight_terms
 from facevae.model.vae import FaceVAE
 
 SMALL = [
@@ -100,7 +100,7 @@ def test_the_plain_loop_computes_what_the_library_computes():
     for mine, other in zip(out, plain_out):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     ours, theirs = (
-        weigh(loss_terms(out, images, mask, ("ssim", "l2")), config.weights),
+        weight_terms(loss_terms(out, images, mask, ("ssim", "l2")), config.weights),
         plain_losses(plain_out, images, mask),
     )
     assert set(ours) == set(theirs)

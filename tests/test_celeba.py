@@ -22,8 +22,8 @@ from facevae import celeba as published_celeba
 from facevae.config import make_config
 from facevae.core import FaceVAEError
 from facevae.data.celeba import CelebASource
-from facevae.data.celeba_files import COUNT, LAST
-from facevae.data.packing import Faces as Packed
+from facevae.data.celeba_files import CELEBA_COUNT, LAST_OF_SPLIT
+from facevae.data.packing import FaceBatch as Packed
 from facevae.data.packing import pack
 from facevae.data.store import FaceStore
 from facevae.parsing.bisenet import BiSeNet
@@ -144,7 +144,7 @@ def test_labels_of_a_folder_further_up(below, faces, packed, celeba):
 def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
     """The manifest says who made the label maps, and so the run; which may go on with a copy of the store that came another way."""
     config = make_config("H9", overrides={"size": SIZE})
-    with RunDirectory(tmp_path / "run").claim(config, packed) as run:
+    with RunDirectory(tmp_path / "run").lock(config, packed) as run:
         record = json.loads((run.path / "config.json").read_text())
     assert (
         record["data_source"]["parsing"] == RECORD
@@ -155,7 +155,7 @@ def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
     manifest = json.loads((moved / "manifest.json").read_text())
     manifest["source"]["root"] = "/elsewhere"
     (moved / "manifest.json").write_text(json.dumps(manifest))
-    with RunDirectory(tmp_path / "run").claim(config, FaceStore(moved)) as run:
+    with RunDirectory(tmp_path / "run").lock(config, FaceStore(moved)) as run:
         assert json.loads((run.path / "config.json").read_text())["data_source"]["root"] == "/elsewhere"
 
 
@@ -303,7 +303,7 @@ def whole(faces, tmp_path_factory):
     pictures, labels = root / "img_align_celeba", root / "labels"
     for folder in (pictures, labels):
         folder.mkdir()
-    for number in range(1, COUNT + 1):
+    for number in range(1, CELEBA_COUNT + 1):
         if number % 30_000 == 1:  # a file has only so many names
             one = root / f"{number}.jpg"
             Image.fromarray(faces.images[0]).save(one)
@@ -311,14 +311,14 @@ def whole(faces, tmp_path_factory):
     for number in range(1, 1001):
         Image.fromarray(faces.labels[0]).save(labels / f"{number:06d}.png", compress_level=1)
     (labels / "parsing.json").write_text(json.dumps(RECORD))
-    numbers = np.arange(1, COUNT + 1)
-    splits = np.searchsorted(list(LAST.values()), numbers)
+    numbers = np.arange(1, CELEBA_COUNT + 1)
+    splits = np.searchsorted(list(LAST_OF_SPLIT.values()), numbers)
     with open(
         root / "list_eval_partition.txt", "w", newline="\r\n"
     ) as file:  # to the byte the file that was published
         file.writelines(f"{number:06d}.jpg {split}\n" for number, split in zip(numbers, splits))
     with open(root / "list_attr_celeba.txt", "w") as file:
-        file.write(f"{COUNT}\n{' '.join(ATTRIBUTES)} \n")
+        file.write(f"{CELEBA_COUNT}\n{' '.join(ATTRIBUTES)} \n")
         rows = [
             " ".join(f"{value:2d}" for value in np.random.default_rng(i).choice([-1, 1], 40))
             for i in range(64)
@@ -337,7 +337,7 @@ def test_the_whole_of_celeba(whole):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         source = CelebASource(whole, whole / "labels", SIZE)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kB"
-        assert len(source) == COUNT and source.layout.name == "torchvision"
+        assert len(source) == CELEBA_COUNT and source.layout.name == "torchvision"
         batch = next(item for item in source if isinstance(item, Packed))
         assert (
             batch.splits == ["train"] * 32

@@ -30,23 +30,29 @@ from madeup import HYPOTHESES, make_sweep, write_run
 from PIL import Image
 from safetensors.torch import save_file
 
-from facevae.analysis.claims import Findings, sweep_claims
+from facevae.analysis.claims import SweepAnalysis, sweep_claims
 from facevae.analysis.figures import study_figures
-from facevae.analysis.report import commands, facts, write_figures, write_report, write_tables
-from facevae.analysis.results import load_sweep, over_seeds, results
+from facevae.analysis.report import (
+    reproduction_commands,
+    sweep_facts,
+    write_figures,
+    write_report,
+    write_tables,
+)
+from facevae.analysis.results import load_sweep, mean_over_seeds, mean_over_images
 from facevae.config import make_config, parse_settings
 from facevae.core import FaceVAEError, file_digest
-from facevae.data.images import UnusableInput, read_labels, read_picture
-from facevae.data.labels import CLASSES
-from facevae.data.packing import Faces, pack
+from facevae.data.images import UnusableInput, read_labels, read_image
+from facevae.data.labels import LABEL_CLASSES
+from facevae.data.packing import FaceBatch, pack
 from facevae.data.sources import FolderSource, read_attributes
 from facevae.data.store import FaceStore
 from facevae.editing.photographs import reconstruct_files
 from facevae.model.keras import keras_names, load_keras
 from facevae.model.vae import FaceVAE, ModelConfig
-from facevae.sweep.runner import execute
+from facevae.sweep.runner import execute_notebook
 from facevae.synthetic.render import SyntheticSource
-from facevae.training.checkpoint import BEST, load_best, load_checkpoint, save_best, save_checkpoint
+from facevae.training.checkpoint import BEST_FILE, load_best, load_checkpoint, save_best, save_checkpoint
 from facevae.training.evaluation import load_latents, load_metrics
 from facevae.training.run import RunDirectory
 from facevae.training.trainer import train
@@ -201,9 +207,9 @@ def test_payload_in_a_checkpoint(things, tmp_path, how):
     plant(folder / "step-00000003.safetensors", how, tmp_path / "executed")
     with pytest.warns(UserWarning, match="step-00000003.safetensors' is passed over"):
         assert load_checkpoint(folder, vae, optimizer)["step"] == 2
-    plant(folder / BEST, how, tmp_path / "executed")
+    plant(folder / BEST_FILE, how, tmp_path / "executed")
     assert "Start the run again" in refused(load_best, folder, vae)
-    with pytest.warns(UserWarning, match=BEST):
+    with pytest.warns(UserWarning, match=BEST_FILE):
         assert load_checkpoint(folder, vae, optimizer) is None
     assert not (tmp_path / "executed").exists()
 
@@ -244,7 +250,7 @@ def test_payload_in_a_sweep(things, tmp_path, how):
         whole = (run / name).read_bytes()
         plant(run / name, how, tmp_path / "executed")
         sweep = load_sweep(things / "sweep")
-        state, error = sweep.cells.set_index("hypothesis").loc["H1", ["state", "error"]]
+        state, error = sweep.runs.set_index("hypothesis").loc["H1", ["state", "error"]]
         assert (
             state == "done"
             if name in ("log.jsonl", "latents.parquet")
@@ -303,7 +309,7 @@ def test_settings_and_paths_are_no_code(things, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = things / 'x"); open("executed", "w") #\'); open("executed", "w")\\\n"""{{1+1}}'
     make_sweep(sweep, hypotheses=HYPOTHESES[:1], seeds=(0,), failed=None, missing=None)
-    execute("figures", tmp_path / "figures.ipynb", {"sweep": str(sweep)})
+    execute_notebook("figures", tmp_path / "figures.ipynb", {"sweep": str(sweep)})
     assert (sweep / "report.html").exists() and not (tmp_path / "executed").exists()
     for settings in (
         'steps="); open("executed", "w") #',
@@ -500,7 +506,7 @@ def claims(folder: Path):
         ):
             yield f"{path.name} that is {name}", text(path, content, read)
 
-    def picture(data: bytes, read=read_picture, *arguments):
+    def picture(data: bytes, read=read_image, *arguments):
         def attempt():
             (folder / "bomb.png").write_bytes(data)
             with pytest.raises(UnusableInput), warnings.catch_warnings():
@@ -667,7 +673,7 @@ def test_names_that_are_packed(tmp_path):
 
         def __iter__(self):
             for name in (*NAMES, "\udcff", "CON", "good.png"):
-                yield Faces([name], np.zeros((1, 36, 36, 3), np.uint8), np.zeros((1, 36, 36), np.uint8))
+                yield FaceBatch([name], np.zeros((1, 36, 36, 3), np.uint8), np.zeros((1, 36, 36), np.uint8))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -758,9 +764,9 @@ def test_links_lead_nowhere(things, tmp_path):
     sweep = load_sweep(things / "sweep")
     assert "leads out of" in refused(write_figures, sweep, {"bars": SimpleNamespace(figure=None, png=b"")})
     (things / "sweep" / "report.html").symlink_to(outside / "precious")
-    write_report(Findings(sweep, [], resamples=10), {})
+    write_report(SweepAnalysis(sweep, [], resamples=10), {})
     (things / "sweep" / "tables").symlink_to(outside)
-    assert "leads out of" in refused(write_tables, Findings(sweep, [], resamples=10))
+    assert "leads out of" in refused(write_tables, SweepAnalysis(sweep, [], resamples=10))
     assert (outside / "precious").read_text() == "years of work" and len(list(outside.iterdir())) == 1
 
 
@@ -841,7 +847,7 @@ def test_a_report_of_a_hostile_sweep(tmp_path):
     (sweep / "claims.toml").write_text(
         "[[claim]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in claim.items())
     )
-    study = Findings(load_sweep(sweep), resamples=50)
+    study = SweepAnalysis(load_sweep(sweep), resamples=50)
     page = write_report(study, study_figures(study)).read_text()
     plain = re.sub(r"base64,[^\"]*", "", page)
     assert (
@@ -858,7 +864,7 @@ def test_a_report_of_a_hostile_sweep(tmp_path):
         assert "\\input{" not in text if table.suffix == ".tex" else not re.search(r"(?<!\\)<", text), (
             "no command in LaTeX, no tag in Markdown"
         )
-    line = commands(study.sweep)
+    line = reproduction_commands(study.sweep)
     assert (
         "'1; touch executed #'" in line
         and "'$(touch executed)'" in line
@@ -883,12 +889,12 @@ def test_every_field_of_a_run(things, value):
             )
             (run / name).write_text(text)
             study = load_sweep(things / "sweep")
-            cell = study.cells.set_index("hypothesis").loc["H1"]
+            cell = study.runs.set_index("hypothesis").loc["H1"]
             assert cell.state in ("done", value, repr(value)[1:-1]) or cell.error, (name, field)
             if name == "status.json" and field == "step" and value is not None:
                 assert cell.state == "unusable" and "step is" in cell.error
-            summary = over_seeds(results(study.metrics))
-            assert facts(study) and len(summary)
+            summary = mean_over_seeds(mean_over_images(study.metrics))
+            assert sweep_facts(study) and len(summary)
             assert RunDirectory(run).status["state"]
             RunDirectory(run).update()
         (run / name).write_text(json.dumps(whole))
@@ -974,9 +980,9 @@ def content_of_sweep(path: Path):
     """The metrics of each run that is done; tables and facts are made, because they must never fail."""
     study = load_sweep(path)
     if not study.metrics.empty:
-        over_seeds(results(study.metrics))
-    if len(study.cells):
-        facts(study), commands(study)
+        mean_over_seeds(mean_over_images(study.metrics))
+    if len(study.runs):
+        sweep_facts(study), reproduction_commands(study)
     return {
         name: table.drop(columns=["terms", "mask", "seed"]).to_csv(index=False)
         for name, table in study.metrics.groupby("hypothesis")
@@ -1140,10 +1146,10 @@ def test_label_values_and_foreign_weights(things):
     about = json.loads((things / "store" / "manifest.json").read_text())
     about["sha256"]["labels.npy"] = file_digest(labels)
     (things / "store" / "manifest.json").write_text(json.dumps(about))
-    assert f"label 255, but classes end at {len(CLASSES) - 1}" in refused(
+    assert f"label 255, but classes end at {len(LABEL_CLASSES) - 1}" in refused(
         lambda: FaceStore(things / "store").verify()
     )
-    FaceStore(things / "store").contact_sheet(range(4), labels=True)
+    FaceStore(things / "store").image_grid(range(4), labels=True)
     state = FaceVAE.from_pretrained(things / "model").state_dict()
     save_file(state, things / "model" / "model.safetensors")
     assert FaceVAE.from_pretrained(things / "model").config == SMALL

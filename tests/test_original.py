@@ -9,7 +9,7 @@ from conftest import facevae_here
 from keras_numpy import Network, random_weights, save_keras
 
 from facevae.core import FaceVAEError
-from facevae.model.keras import load_keras, loss_parity, parity
+from facevae.model.keras import load_keras, loss_parity, output_parity
 from facevae.model.vae import FaceVAE
 
 REFERENCE = Path(
@@ -33,14 +33,14 @@ def fixture(request, tmp_path_factory):
 
 
 def test_parity_with_an_independent_implementation(fixture):
-    differences = parity(fixture / "weights.h5", fixture / "reference.npz")
+    differences = output_parity(fixture / "weights.h5", fixture / "reference.npz")
     assert max(differences.values()) < 1e-4, differences
 
 
 @needs_reference
 @pytest.mark.parametrize("name", ["with_mask", "without_mask"])
 def test_parity_with_the_authors_code(name):
-    differences = parity(REFERENCE / f"{name}.predict.h5", REFERENCE / f"{name}.npz")
+    differences = output_parity(REFERENCE / f"{name}.predict.h5", REFERENCE / f"{name}.npz")
     assert max(differences.values()) < 1e-4, differences
 
 
@@ -59,7 +59,7 @@ def test_a_training_file_with_its_optimiser_is_read(fixture, tmp_path):
     shutil.copy(fixture / "weights.h5", path)
     with h5py.File(path, "a") as file:
         file["optimizer_weights/Adam/conv2d/kernel/m:0"] = np.zeros((3, 3, 3, 32), "f4")
-    assert max(parity(path, fixture / "reference.npz").values()) < 1e-4
+    assert max(output_parity(path, fixture / "reference.npz").values()) < 1e-4
 
 
 def test_files_that_are_not_the_papers(fixture, tmp_path):

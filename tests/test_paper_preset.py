@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from facevae.config import HYPOTHESES, make_config, parse_settings
-from facevae.data.images import read_picture
+from facevae.data.images import read_image
 from facevae.data.loader import face_mask
 from facevae.data.store import FaceStore
 from facevae.model.vae import FaceVAE
-from facevae.training.trainer import Trainer, clip_each, learning_rate, train
+from facevae.training.trainer import Trainer, clip_each_gradient, learning_rate, train
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_variable_is_clipped_by_itself(trainer):
     )
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1e-4])
-    clip_each([a, b], 1e-3)
+    clip_each_gradient([a, b], 1e-3)
     assert torch.allclose(a.grad, torch.tensor([6e-4, 8e-4])) and b.grad.tolist() == pytest.approx([0, 1e-4])
 
 
@@ -108,7 +108,7 @@ def test_pictures_are_squashed_not_cropped(tmp_path):
     picture[:, 89:] = (0, 255, 0)
     picture[109:] += np.array([255, 0, 0], np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
-    small, _ = read_picture(tmp_path / "a.png", 144)
+    small, _ = read_image(tmp_path / "a.png", 144)
     assert small.shape == (144, 144, 3)
     assert (small[:, :, 1] > 127).mean(1).tolist() == pytest.approx([0.5] * 144, abs=0.01)
     assert (small[:, :, 0] > 127).mean(0).tolist() == pytest.approx([0.5] * 144, abs=0.01)

@@ -23,12 +23,12 @@ from PIL import Image
 from test_hostile import PLANTED, plant, refused, refused_command
 
 from facevae import parser_bisenet, parser_segformer
-from facevae.data.labels import CLASSES, FACE_PARTS, SCHEMES, class_ids, remap
+from facevae.data.labels import LABEL_CLASSES, FACE_PARTS, LABEL_SCHEMES, class_ids, remap_labels
 from facevae.data.loader import face_mask
 from facevae.data.packing import pack
 from facevae.data.sources import FolderSource
 from facevae.parsing.bisenet import BiSeNet, fetch_bisenet, load_bisenet
-from facevae.parsing.label_folder import is_whole, judge, parse_folder
+from facevae.parsing.label_folder import is_whole, score_labels, parse_folder
 from facevae.parsing.parser import FaceParser
 from facevae.parsing.segformer import load_segformer
 from facevae.synthetic.render import draw_faces
@@ -133,7 +133,9 @@ def test_bisenet_parser_does_what_the_original_script_does(theirs, weights):
         )
     found = load_bisenet(weights, any_weights=True)(np.asarray(picture)[None]).numpy()
     assert found.dtype == np.uint8 and found.shape == (1, 512, 512)
-    assert (found != remap(expected, "face-parsing")).mean() < 1e-4, "but for logits that are all but equal"
+    assert (found != remap_labels(expected, "face-parsing")).mean() < 1e-4, (
+        "but for logits that are all but equal"
+    )
 
 
 def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
@@ -143,7 +145,7 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(1)
-    names = SCHEMES["celebamask-hq"]
+    names = LABEL_SCHEMES["celebamask-hq"]
     config = transformers.SegformerConfig(
         depths=[1] * 4,
         hidden_sizes=[8, 16, 24, 32],
@@ -170,7 +172,7 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
         expected = torch.nn.functional.interpolate(logits, (128, 128), mode="bilinear").argmax(1).numpy()
     found = parser(pictures).numpy()
     assert len(np.unique(expected)) > 2
-    assert (np.array(CLASSES)[found] != np.array(names)[expected]).mean() < 1e-3
+    assert (np.array(LABEL_CLASSES)[found] != np.array(names)[expected]).mean() < 1e-3
     assert parser.size == 128 and parser.revision is None
     assert (
         parser.weights_sha256
@@ -182,7 +184,7 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
 
 def test_glasses_stay_glasses_in_every_scheme():
     """Class 3 is glasses for one parser and an eyebrow for another; class 6 is the other way round."""
-    for scheme, names in SCHEMES.items():
+    for scheme, names in LABEL_SCHEMES.items():
 
         def network(images, at=names.index("eye_g")):
             logits = torch.zeros(len(images), 19, *images.shape[2:])
@@ -190,8 +192,8 @@ def test_glasses_stay_glasses_in_every_scheme():
             return logits
 
         labels = FaceParser("toy", network, names, "", size=64)(np.zeros((1, 64, 64, 3), np.uint8))
-        assert (labels[0, 20:30] == CLASSES.index("eye_g")).all() and (
-            labels[0, :20] == CLASSES.index("skin")
+        assert (labels[0, 20:30] == LABEL_CLASSES.index("eye_g")).all() and (
+            labels[0, :20] == LABEL_CLASSES.index("skin")
         ).all(), scheme
         without = tuple(part for part in FACE_PARTS if part != "eye_g")
         assert (
@@ -537,14 +539,14 @@ def test_real_weights_on_real_faces(tmp_path):
     assert parser.revision == parser_bisenet.REVISION
     face = astronaut()[0:218, 135:313]  # (218, 178, 3), framed as in CelebA
     labels = parser(face[None]).numpy()[0]
-    found = judge(labels)
+    found = score_labels(labels)
     assert found["ordered"] and not found["missing"] and found["doubt"] < 0.3, found
     assert 0.2 < found["face"] < 0.8 and np.isin(labels[:5, :5], class_ids()).mean() < 0.5
     if "FACEVAE_FACES" in os.environ:
         overlaps = []
         for path in sorted(Path(os.environ["FACEVAE_FACES"], "images").iterdir())[:32]:
             truth = torch.from_numpy(
-                remap(
+                remap_labels(
                     np.asarray(Image.open(path.parent.parent / "labels" / f"{path.stem}.png")),
                     "celebamask-hq",
                 )

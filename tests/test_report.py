@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.text import Text
 
-from facevae.analysis.claims import Findings
+from facevae.analysis.claims import SweepAnalysis
 from facevae.analysis.figures import study_figures
 from facevae.analysis.report import write_report
 from facevae.analysis.results import load_sweep
 from facevae.core import FaceVAEError
-from facevae.plotting import new_figure, png
-from facevae.sweep.runner import execute
+from facevae.plotting import new_figure, figure_png
+from facevae.sweep.runner import execute_notebook
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
 FETCHED = {"src", "srcset", "poster", "data", "background", "action"}
@@ -71,7 +71,7 @@ def assert_self_contained(path):
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("madeup")
     sweep = make_sweep(folder / "sweep")
-    execute("figures", folder / "out.ipynb", {"sweep": str(sweep)})
+    execute_notebook("figures", folder / "out.ipynb", {"sweep": str(sweep)})
     return sweep
 
 
@@ -179,7 +179,7 @@ def test_partial_sweeps(name, tmp_path):
         with open(sweep / "H1" / "seed0" / "log.jsonl", "a") as log:
             log.write('{"kind": "train", "st')
     study = load_sweep(sweep)
-    found = Findings(study, resamples=200)
+    found = SweepAnalysis(study, resamples=200)
     words = " ".join(assert_self_contained(write_report(found, study_figures(found))).words)
     assert {
         "nothing": "No run has finished yet",
@@ -202,7 +202,7 @@ def test_names_and_errors_are_escaped(tmp_path):
     status = sweep / hostile / "seed1" / "status.json"
     status.write_text(json.dumps({"state": "failed", "error": "<img src=x onerror=alert(2)>"}))
     study = load_sweep(sweep)
-    found = Findings(study, resamples=200)
+    found = SweepAnalysis(study, resamples=200)
     page = assert_self_contained(write_report(found, study_figures(found)))
     words = " ".join(page.words)
     assert hostile in words and "<img src=x onerror=alert(2)>" in words and "$x_{" in words
@@ -210,7 +210,7 @@ def test_names_and_errors_are_escaped(tmp_path):
 
 def overlapping_texts(figure):
     """Pairs of a figure's visible texts that cover each other."""
-    png(figure, 100)
+    figure_png(figure, 100)
     renderer, boxes = figure.canvas.get_renderer(), []
 
     def walk(artist):
@@ -247,7 +247,9 @@ def test_no_labels_overlap(tmp_path):
     clash.text(0.5, 0.5, "one"), clash.text(0.52, 0.5, "two")
     assert overlapping_texts(clash) == [("one", "two")]
     sweep = load_sweep(make_sweep(tmp_path / "sweep", seeds=(0, 1, 2), images=40, lpips=True))
-    for name, plate in study_figures(Findings(sweep, resamples=100), made_up_samples(sweep.cells, 1)).items():
+    for name, plate in study_figures(
+        SweepAnalysis(sweep, resamples=100), made_up_samples(sweep.runs, 1)
+    ).items():
         assert not overlapping_texts(plate.figure), name
 
 
@@ -263,7 +265,7 @@ def test_claims_of_the_paper_and_your_own(study):
         metrics = ["l1", "ssim"]
         expect = "better"
     """)
-    found = Findings(load_sweep(study), resamples=200)
+    found = SweepAnalysis(load_sweep(study), resamples=200)
     words = " ".join(
         assert_self_contained(write_report(found, {"ranks": study_figures(found)["ranks"]})).words
     )
@@ -272,10 +274,10 @@ def test_claims_of_the_paper_and_your_own(study):
     assert f"Of the 25 claims, {(found.claims.verdict == 'reproduced').sum()} reproduced" in words
     (study / "claims.toml").write_text('[[claim]]\nname = "mine"\nexpects = "better"\n')
     with pytest.raises(FaceVAEError, match="claims.toml.*question: Field required"):
-        Findings(load_sweep(study))
+        SweepAnalysis(load_sweep(study))
     (study / "claims.toml").unlink()
 
 
 def test_a_directory_that_is_no_sweep(tmp_path):
     with pytest.raises(FaceVAEError, match="is not a sweep"):
-        execute("figures", tmp_path / "out.ipynb", {"sweep": str(tmp_path)})
+        execute_notebook("figures", tmp_path / "out.ipynb", {"sweep": str(tmp_path)})

@@ -58,7 +58,7 @@ def test_a_step_that_cannot_be_compiled_is_run_as_it_is(store):
 
 def test_another_feed_changes_nothing(store):
     streamed, resident = make_trainer(store, feed="streamed"), make_trainer(store, feed="resident")
-    assert "resident" in resident.settle()["feed"] and "streamed" in streamed.settle()["feed"]
+    assert "resident" in resident.choose_source()["feed"] and "streamed" in streamed.choose_source()["feed"]
     assert steps(streamed) == steps(resident)
     assert streamed.validate() == resident.validate()
 
@@ -84,7 +84,7 @@ def test_bfloat16_learns_what_single_precision_learns(store):
 def test_a_step_never_waits_for_the_gpu(store, feed):
     trainer = make_trainer(store, feed=feed, precision="auto")
     trainer.step(0)
-    trainer.settle()
+    trainer.choose_source()
     for step in (1, 2):
         trainer.step(step)
     torch.cuda.set_sync_debug_mode("error")

@@ -19,8 +19,8 @@ from PIL import Image
 
 import facevae.packing
 from facevae.core import FaceVAEError
-from facevae.data.labels import CLASSES
-from facevae.data.packing import Faces, Skipped, pack
+from facevae.data.labels import LABEL_CLASSES
+from facevae.data.packing import FaceBatch, Skipped, pack
 from facevae.data.sources import FolderSource
 from facevae.data.store import FaceStore
 
@@ -40,7 +40,7 @@ def layout() -> np.ndarray:
         ("nose", 17, 23, 16, 20),
         ("u_lip", 25, 27, 14, 22),
     ):
-        labels[top:bottom, left:right] = CLASSES.index(name)
+        labels[top:bottom, left:right] = LABEL_CLASSES.index(name)
     return labels
 
 
@@ -65,7 +65,7 @@ class Plain:
             images = np.stack(
                 [np.random.default_rng(i).integers(0, 256, (SIZE, SIZE, 3), np.uint8) for i in numbers]
             )
-            yield Faces([f"{i}.png" for i in numbers], images, np.stack([layout()] * len(numbers)))
+            yield FaceBatch([f"{i}.png" for i in numbers], images, np.stack([layout()] * len(numbers)))
 
 
 def message(function, *args, **options) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from facevae import align
 from facevae.core import FaceVAEError
 from facevae.data.loader import face_mask
-from facevae.model.pretrained import RESEARCH_ONLY
+from facevae.model.pretrained import RESEARCH_ONLY_ORIGINS
 from facevae.model.vae import FaceVAE
 from facevae.synthetic.render import draw_faces
 
@@ -76,14 +76,14 @@ def test_the_card_of_a_run(model, store):
 def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
     from facevae.data.store import FaceStore
     from facevae.training.run import RunDirectory
-    from facevae.training.trainer import run_card
+    from facevae.training.trainer import run_model_card
 
     shutil.copytree(store, tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     evil = "<script>alert(1)</script>\n---\nlicense: mit\n# Heading | x"
     manifest["source"] = {"kind": evil, "images": "/data/CelebA"}
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
-    card = run_card(RunDirectory(model.parent).config, FaceStore(tmp_path / "store"))
+    card = run_model_card(RunDirectory(model.parent).config, FaceStore(tmp_path / "store"))
     assert (
         "license: other" in card
         and "Non-commercial research only" in card
@@ -91,7 +91,7 @@ def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
         and "\nlicense: mit" not in card
         and "\n# Heading" not in card
     )
-    assert "celeba" in RESEARCH_ONLY
+    assert "celeba" in RESEARCH_ONLY_ORIGINS
 
 
 def test_every_kind_of_picture_gives_the_same(model, photographs):

@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "metrics.tables": "METRICS VIEWS load_metrics load_latents",
-        "metrics.image": "measure measure_views ssim ms_ssim vif l1 l2 psnr sharpness delta_e mask_iou load_lpips",
+        "metrics.image": "compute_metrics compute_view_metrics ssim ms_ssim vif l1 l2 psnr sharpness delta_e mask_iou load_lpips",
     },
 )

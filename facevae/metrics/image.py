@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MS_SSIM_WEIGHTS', 'FUNCTIONS', 'ms_ssim_scales', 'ssim', 'ms_ssim', 'vif', 'l1', 'l2', 'psnr', 'sharpness', 'delta_e',
-           'mask_iou', 'measure_views', 'measure', 'load_lpips']
+           'mask_iou', 'compute_view_metrics', 'compute_metrics', 'load_lpips']
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0002
 import math
@@ -18,9 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import FaceVAEError, choices
-from .filters import SSIM_WINDOW, WINDOW, blur
-from .maps import VIF_WINDOWS, centres, mean, metric, pool_views, vif_halved
+from ..core import FaceVAEError, choices_hint
+from .filters import SSIM_KERNEL, SSIM_WINDOW_SIZE, blur
+from facevae.metrics.maps import (
+    VIF_WINDOW_SIZES,
+    window_centres,
+    weighted_mean,
+    metric,
+    pool_views,
+    vif_downsample,
+)
 from .tables import METRICS
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0006
@@ -29,7 +36,9 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 def ms_ssim_scales(height: int, width: int) -> int:
     """How many of MS-SSIM's five scales fit an image of `height` x `width` pixels."""
-    return sum(min(height, width) > (WINDOW - 1) * 2**times for times in range(len(MS_SSIM_WEIGHTS)))
+    return sum(
+        min(height, width) > (SSIM_WINDOW_SIZE - 1) * 2**times for times in range(len(MS_SSIM_WEIGHTS))
+    )
 
 
 @metric
@@ -40,7 +49,9 @@ def ssim(pair, weight):
     pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], taken at window centres, or None.
     Raises FaceVAEError for tensors that are not such images.
     """
-    return mean(pair.ssim_maps(0)[0], None if weight is None else centres(weight, WINDOW))
+    return weighted_mean(
+        pair.ssim_maps(0)[0], None if weight is None else window_centres(weight, SSIM_WINDOW_SIZE)
+    )
 
 
 @metric
@@ -59,7 +70,7 @@ def ms_ssim(pair, weight):
         if weight is None:
             factor = factor.mean((-2, -1))
         else:
-            under = blur(weight, SSIM_WINDOW)
+            under = blur(weight, SSIM_KERNEL)
             factor = (factor * under).sum((-2, -1)) / under.sum((-2, -1))
             padding = [side % 2 for side in weight.shape[-2:]]
             weight = F.avg_pool2d(weight, 2, padding=padding, count_include_pad=False)
@@ -80,11 +91,11 @@ def vif(pair, weight):
     if min(images.shape[-2:]) < 41:
         return images.new_full(images.shape[:1], math.nan)
     kept = there = 0
-    for scale, window in enumerate(VIF_WINDOWS):
+    for scale, window in enumerate(VIF_WINDOW_SIZES):
         maps = pair.vif_maps(scale)
         if weight is not None:
-            weight = weight if scale == 0 else vif_halved(weight, scale)
-            maps = [values * centres(weight, window) for values in maps]
+            weight = weight if scale == 0 else vif_downsample(weight, scale)
+            maps = [values * window_centres(weight, window) for values in maps]
         kept, there = kept + maps[0].sum((-2, -1)), there + maps[1].sum((-2, -1))
     return (kept / there).mean(1)
 
@@ -96,7 +107,7 @@ def l1(pair, weight):
     pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None.
     Raises FaceVAEError for tensors that are not such images.
     """
-    return mean(pair.difference().abs(), weight)
+    return weighted_mean(pair.difference().abs(), weight)
 
 
 @metric
@@ -106,7 +117,7 @@ def l2(pair, weight):
     pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None.
     Raises FaceVAEError for tensors that are not such images.
     """
-    return mean(pair.difference().square(), weight).sqrt()
+    return weighted_mean(pair.difference().square(), weight).sqrt()
 
 
 @metric
@@ -116,7 +127,7 @@ def psnr(pair, weight):
     pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None.
     Raises FaceVAEError for tensors that are not such images.
     """
-    return -10 * mean(pair.difference().square(), weight).log10()
+    return -10 * weighted_mean(pair.difference().square(), weight).log10()
 
 
 @metric
@@ -137,7 +148,7 @@ def sharpness(pair, weight):
                 both = weight.narrow(axis, 1, weight.shape[axis] - 1) * weight.narrow(
                     axis, 0, weight.shape[axis] - 1
                 )
-            total = total + mean(images.diff(dim=axis).square(), both)
+            total = total + weighted_mean(images.diff(dim=axis).square(), both)
         return total
 
     return energy(pair.pred.images) / energy(pair.target.images)
@@ -150,7 +161,7 @@ def delta_e(pair, weight):
     pred, target: sRGB (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None.
     Raises FaceVAEError for tensors that are not such images.
     """
-    return mean(pair.delta_e_map(), weight)
+    return weighted_mean(pair.delta_e_map(), weight)
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0016
 def mask_iou(*, pred_mask: Tensor, target_mask: Tensor) -> Tensor:
@@ -182,7 +193,7 @@ FUNCTIONS = {
 }
 
 
-def measure_views(
+def compute_view_metrics(
     *,
     views: Mapping[str, tuple[Tensor, Tensor | None]],
     target: Tensor,
@@ -205,11 +216,11 @@ def measure_views(
                 "'lpips' needs its network. Pass lpips=function, from: function, reason = load_lpips(device)."
             )
         if name not in pools:
-            raise FaceVAEError(f"'{name}' is not a metric of images. {choices(name, pools)}")
+            raise FaceVAEError(f"'{name}' is not a metric of images. {choices_hint(name, pools)}")
     return pool_views({name: pools[name] for name in names}, views, target)
 
 
-def measure(
+def compute_metrics(
     *,
     pred: Tensor,
     target: Tensor,
@@ -219,10 +230,10 @@ def measure(
 ) -> dict[str, Tensor]:
     """Several metrics of one prediction: {metric: (B,)}, sharing what they have in common.
 
-    pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None. names, lpips: see `measure_views`.
+    pred, target: (B, 3, H, W) in [0, 1]. weight: (B, 1, H, W) in [0, 1], or None. names, lpips: see `compute_view_metrics`.
     Raises FaceVAEError for an unknown name, for lpips without its function, or for tensors that are not images.
     """
-    return measure_views(views={"": (pred, weight)}, target=target, names=names, lpips=lpips)[""]
+    return compute_view_metrics(views={"": (pred, weight)}, target=target, names=names, lpips=lpips)[""]
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0034
 def _lpips(network: torch.nn.Module) -> Callable:
@@ -241,7 +252,7 @@ def _lpips(network: torch.nn.Module) -> Callable:
         ):
             apart = layer((pred - target).square())  # (B, 1, h, w)
             small = None if weight is None else F.interpolate(weight, apart.shape[-2:], mode="area")
-            total = total + mean(apart, small)
+            total = total + weighted_mean(apart, small)
         return total
 
     return lpips

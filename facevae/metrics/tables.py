@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import FaceVAEError, atomic_file
-from ..safe_io import NUMBER, OBJECT, mistyped, read_table
+from ..safe_io import JSON_NUMBER, JSON_OBJECT, type_problems, read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -112,7 +112,7 @@ def load_metrics(path: str | Path) -> "pandas.DataFrame":
     if table.empty or (unknown := set(table["view"]) - set(VIEWS)):
         problem = "no rows" if table.empty else f"the unknown view {min(unknown)[:100]!r}"
         raise FaceVAEError(f"'{path}' has {problem}. {remedy}")
-    wrong = mistyped(attributes, {"ms_ssim": OBJECT, "absent": OBJECT, "size": NUMBER})
+    wrong = type_problems(attributes, {"ms_ssim": JSON_OBJECT, "absent": JSON_OBJECT, "size": JSON_NUMBER})
     known = [key for key in ("ms_ssim", "absent", "size") if key in attributes and key not in wrong]
     table.attrs = {key: attributes[key] for key in known}
     if "absent" in table.attrs:

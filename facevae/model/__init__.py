@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "config": "ModelConfig",
-        "model.vae": "FaceVAE composite",
+        "model.vae": "FaceVAE paste_background",
         "model.losses": "loss_terms",
     },
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'dask_setup', 'local_cluster',
-           'foreign_cluster', 'worker_check', 'first_gpu', 'check_worker', 'work', 'Crew']
+           'existing_cluster', 'worker_requirements', 'first_gpu', 'check_worker', 'execute_job', 'WorkerPool']
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0003
 import contextlib
@@ -30,10 +30,10 @@ import psutil
 from distributed import Client, Future, Nanny, Scheduler, SpecCluster, get_worker
 
 from .. import __version__
-from ..core import THREADS_WAIT, FaceVAEError
+from ..core import PASSIVE_THREADS_ENV, FaceVAEError
 from ..data.store import read_manifest
-from .runner import Ending, execute_run
-from ..system import machine, processors
+from .runner import RunResult, execute_run
+from ..system import machine_id, cpu_count
 from ..training.run import code_digest
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0005
@@ -66,19 +66,19 @@ def _count_gpus(chosen: str | None) -> int:
 
 def default_workers() -> int:
     """How many runs at a time this machine does best: one a GPU, or two on a processor with two cores or more."""
-    return len(visible_gpus()) or min(2, processors())
+    return len(visible_gpus()) or min(2, cpu_count())
 
 
 def thread_environment(threads: int) -> dict[str, str]:
     """Environment variables for a process that computes with so many threads."""
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | THREADS_WAIT
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | PASSIVE_THREADS_ENV
 
 
 def worker_environment(worker: int, workers: int) -> dict[str, str]:
     """The environment of a worker of this machine: its share of processor threads, and of the GPUs when there are any."""
     gpus = visible_gpus()
     mine = gpus[worker::workers] or gpus and [gpus[worker % len(gpus)]]
-    return thread_environment(max(1, processors() // workers)) | (
+    return thread_environment(max(1, cpu_count() // workers)) | (
         {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
     )
 
@@ -132,7 +132,7 @@ def local_cluster(workers: int, shares: int | None = None) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def foreign_cluster(
+def existing_cluster(
     scheduler: str | None = None, scheduler_file: str | Path | None = None
 ) -> Iterator[Client]:
     """A client of a cluster that is running. scheduler: its address; scheduler_file: or the file that names it.
@@ -158,7 +158,7 @@ def foreign_cluster(
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0011
 @contextlib.contextmanager
-def worker_check(store: str | Path, out: str | Path) -> Iterator[dict[str, Any]]:
+def worker_requirements(store: str | Path, out: str | Path) -> Iterator[dict[str, Any]]:
     """What `check_worker` is to compare; puts a file into `out` that it must find."""
     out, token = Path(out).absolute(), uuid.uuid4().hex
     marker = out / f".shared-{token}"
@@ -222,10 +222,10 @@ def first_gpu() -> str | None:
 
 
 def check_worker(check: dict[str, Any]) -> dict[str, Any]:
-    """What a worker is, and its problem with the work, or None. check: from `worker_check`."""
+    """What a worker is, and its problem with the work, or None. check: from `worker_requirements`."""
     return {
         "host": socket.gethostname(),
-        "machine": machine(),
+        "machine": machine_id(),
         "pid": os.getpid(),
         "gpu": first_gpu(),
         "problem": _problem(check),
@@ -235,10 +235,10 @@ def check_worker(check: dict[str, Any]) -> dict[str, Any]:
 _AT_WORK = threading.Lock()
 
 
-def work(job: dict[str, Any]) -> dict[str, str]:
+def execute_job(job: dict[str, Any]) -> dict[str, str]:
     """Execute a run on a Dask worker, unless it is at work already; returns an Ending as a dictionary."""
     if not _AT_WORK.acquire(blocking=False):
-        return asdict(Ending("worker busy"))
+        return asdict(RunResult("worker busy"))
     try:
 
         def poll():
@@ -251,10 +251,10 @@ def work(job: dict[str, Any]) -> dict[str, str]:
         _AT_WORK.release()
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0021
-class Crew:
+class WorkerPool:
     """The workers of a cluster.
 
-    client: of the cluster. check: from `facevae.sweep.cluster.worker_check`. local: the cluster was started for this sweep alone.
+    client: of the cluster. check: from `facevae.sweep.cluster.worker_requirements`. local: the cluster was started for this sweep alone.
     tell: prints a line. Addresses of workers that may be given work are in `ready`, with what they said of themselves.
     """
 
