@@ -193,7 +193,7 @@ def test_payload_in_a_model_of_the_hub(things, tmp_path, monkeypatch):
         return str(things / "model" / name)
 
     plant(things / "model" / "pytorch_model.bin", "pickle", tmp_path / "executed")
-    monkeypatch.setattr("facevae.model.vae.hf_hub_download", download)
+    monkeypatch.setattr("facevae.model.pretrained.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
     assert "fetched from the hub" in refused(FaceVAE.from_pretrained, "somebody/model")
     assert asked == ["config.json", "model.safetensors"] and not (tmp_path / "executed").exists()

@@ -113,7 +113,7 @@ def test_every_kind_of_picture_gives_the_same(model, photographs):
     one = vae.reconstruct(image)
     mask = np.asarray(one.mask, float)[..., None] / 255
     expected = np.asarray(one.recon) * mask + array * (1 - mask)
-    assert np.abs(np.asarray(one.composite) - expected).max() <= 1
+    assert np.abs(np.asarray(one.predicted) - expected).max() <= 1
 
 
 def test_onnx_equals_torch(model, tmp_path):

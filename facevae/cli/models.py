@@ -137,7 +137,7 @@ def edit(
     steps = out.with_name(f"{out.stem}-steps.png")
     for picture, path in (
         (back or edited.recon, out),
-        (plain._replace(mask=edited.recon, composite=edited.composite).side_by_side(), steps),
+        (plain._replace(mask=edited.recon, predicted=edited.predicted).side_by_side(), steps),
     ):
         with atomic_file(path) as partial:
             picture.save(partial, format="PNG")

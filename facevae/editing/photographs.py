@@ -31,7 +31,7 @@ class PreparedPhoto(NamedTuple):
     def paste(self, result: Reconstruction) -> Image.Image | None:
         """The photograph with the model's answer put into it by the predicted mask, or by a soft rim; None when nothing was aligned and there is no mask."""
         if self.matrix is None:
-            return result.composite
+            return result.predicted
         return paste_face(self.photograph, result.recon, result.mask, self.matrix)
 
 
