@@ -89,7 +89,7 @@ def mask_dice_loss(
     common_area, area, true_area = areas if reduce is None else reduce(areas)
     return 1 - (2 * common_area + 1) / (area + true_area + 1)
 
-# %% ../../nbs/08_model/05_losses.ipynb #c0029
+# %% ../../nbs/08_model/05_losses.ipynb #c0030
 def loss_terms(
     out: FaceVAEOutput,
     images: torch.Tensor,
