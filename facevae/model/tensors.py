@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from ..core import FaceVAEError
+from ..safe_io import read_bytes
 
 # %% ../../nbs/08_model/00_tensors.ipynb #c0004
 METADATA_KEY = "facevae"  # a single entry, because the order of several differs from process to process
@@ -50,9 +51,9 @@ def save_tensors(
 # %% ../../nbs/08_model/00_tensors.ipynb #c0009
 @contextmanager
 def _opened(path: Path, remedy: str) -> Iterator[safe_open]:
-    """A safetensors file whose header is sound; whatever is found wrong in the context is a FaceVAEError."""
+    """A safetensors file's header, which is sound; what is found wrong in the context is a FaceVAEError."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:  # "pt" would map the whole file, whatever its size
             yield file
     except FaceVAEError:
         raise
@@ -101,7 +102,7 @@ def read_tensors(
         raise FaceVAEError(f"The file '{path}' is missing. {remedy}")
     with _opened(path, remedy) as file:
         _check_layout(file, expected)
-        tensors = {name: file.get_tensor(name).clone() for name in expected}  # not a view of a mapped file
+        tensors = load(read_bytes(path, path.stat().st_size))
         for name, tensor in tensors.items():
             wanted = expected[name].dtype
             if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
