@@ -1,4 +1,6 @@
-"""The authors' network in NumPy, channels last, with TensorFlow's padding rules: written from its description, sharing no code with facevae.
+"""The authors' network in NumPy, channels last, with TensorFlow's padding rules.
+
+Written from its description, sharing no code with facevae.
 
 Weights are named and laid out as Keras saves them; the names count up in the order of creation.
 """
@@ -31,29 +33,29 @@ def random_weights(masked: bool, seed: int = 0) -> dict[str, np.ndarray]:
             weights[f"{name}/kernel"] = generator.uniform(-scale, scale, kernel).astype("f4")
             weights[f"{name}/bias"] = generator.uniform(-0.1, 0.1, channels).astype("f4")
 
-    def conv(inside, outside, name=None):
-        add("conv2d", outside, (3, 3, inside, outside), name)
+    def conv(in_channels, out_channels, name=None):
+        add("conv2d", out_channels, (3, 3, in_channels, out_channels), name)
 
-    inside = 3
+    in_channels = 3
     for stage in ENCODER:
-        for outside in stage:
-            conv(inside, outside)
-            add("batch_normalization", outside)
-            inside = outside
+        for out_channels in stage:
+            conv(in_channels, out_channels)
+            add("batch_normalization", out_channels)
+            in_channels = out_channels
     for name in ("dense", "z_mean", "z_logvar"):
         add("dense", 512, (512, 512), name)
     for widths, channels, head in (
         (DECODER, 3, "out_image_pre" if masked else "out_image"),
         ([32] * 7, 1, "out_mask"),
     )[: 1 + masked]:
-        inside = 512
-        for outside in widths:
-            add("conv2d_transpose", outside, (3, 3, outside, inside))
-            add("batch_normalization", outside)
-            conv(outside, outside)
-            add("batch_normalization", outside)
-            inside = outside
-        conv(inside, channels, head)
+        in_channels = 512
+        for out_channels in widths:
+            add("conv2d_transpose", out_channels, (3, 3, out_channels, in_channels))
+            add("batch_normalization", out_channels)
+            conv(out_channels, out_channels)
+            add("batch_normalization", out_channels)
+            in_channels = out_channels
+        conv(in_channels, channels, head)
     return weights
 
 
@@ -133,7 +135,7 @@ class Network:
 
 
 def save_keras(path, weights, interleave=True):
-    """Write weights as Keras' save_weights does: a group a layer, and the layers listed in another order than they were made."""
+    """Write weights as Keras' save_weights does: a group a layer, listed in another order than made."""
     import h5py
 
     layers = list(dict.fromkeys(key.split("/")[0] for key in weights))

@@ -1,4 +1,7 @@
-"""The authors' weight files and numbers: parity with an independent implementation always, with their own code's numbers where they are."""
+"""The authors' weight files and numbers.
+
+Parity with an independent implementation is tested always, with their own code's numbers where these are.
+"""
 
 import os
 from pathlib import Path
@@ -23,7 +26,7 @@ needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="FACEVAE_KER
 
 @pytest.fixture(scope="module", params=[True, False], ids=["with mask", "without mask"])
 def fixture(request, tmp_path_factory):
-    """A weight file as Keras writes it, and what the network gives for two pictures."""
+    """A weight file as Keras writes it, and what the network gives for two images."""
     folder = tmp_path_factory.mktemp("keras")
     weights = random_weights(request.param)
     save_keras(folder / "weights.h5", weights)
@@ -97,8 +100,8 @@ def test_import_and_reconstruct_from_the_command_line(fixture, tmp_path):
         "reconstruct", tmp_path / "model", tmp_path / "photo.jpg", "--no-align", "--out", tmp_path / "out"
     )
     assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "out" / "photo.png") as picture:
-        assert picture.height == 218 and picture.width >= 2 * 178
+    with Image.open(tmp_path / "out" / "photo.png") as image:
+        assert image.height == 218 and image.width >= 2 * 178
     assert (
         facevae_here("import-original", tmp_path / "photo.jpg", "--out", tmp_path / "other").returncode == 1
     )

@@ -22,7 +22,7 @@ from facevae.training.trainer import Trainer, clip_each_gradient, learning_rate,
 
 @pytest.fixture(scope="module")
 def trainer(store):
-    """The paper's recipe on pictures that are here: only the size and width of the network are smaller."""
+    """The paper's recipe on images that are here: only the size and width of the network are smaller."""
     return Trainer(
         make_config("H9", "paper", overrides={"size": 36, "width": 0.125, "latent_dim": 16}),
         FaceStore(store),
@@ -34,7 +34,7 @@ def test_budget():
     config = make_config("H9", "paper")
     assert config.steps * config.batch_size == 12_800_000 and config.batch_size == 32
     assert config.validate_every == 4000 and config.steps == 100 * config.validate_every
-    assert config.val_images == config.test_images == 0, "validation and test use every picture"
+    assert config.val_images == config.test_images == 0, "validation and test use every image"
     assert (config.size, config.width, config.latent_dim, config.flip) == (144, 1, 512, False)
 
 
@@ -89,7 +89,7 @@ def test_initialisation_is_glorot_uniform():
 def test_batches_are_whole_epochs_in_a_seeded_order(trainer, store):
     count = len(FaceStore(store).rows("train"))
     names = [name for step in range(-(-count // 32) * 2) for name in trainer.data.at(step).names]
-    assert len(set(names[:count])) == count, "the first epoch shows every picture once"
+    assert len(set(names[:count])) == count, "the first epoch shows every image once"
     assert len(set(names[count : 2 * count])) == count and names[count : 2 * count] != names[:count]
     assert trainer.data.at(5).names == trainer.data.at(5).names
 
@@ -103,11 +103,11 @@ def test_masks_have_soft_edges(trainer):
     assert face_mask(step)[0, 0, 0].tolist() == [0, 0, 0, 0.25, 0.75, 1, 1, 1]
 
 
-def test_pictures_are_squashed_not_cropped(tmp_path):
-    picture = np.zeros((218, 178, 3), np.uint8)
-    picture[:, 89:] = (0, 255, 0)
-    picture[109:] += np.array([255, 0, 0], np.uint8)
-    Image.fromarray(picture).save(tmp_path / "a.png")
+def test_images_are_squashed_not_cropped(tmp_path):
+    image = np.zeros((218, 178, 3), np.uint8)
+    image[:, 89:] = (0, 255, 0)
+    image[109:] += np.array([255, 0, 0], np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
     small, _ = read_image(tmp_path / "a.png", 144)
     assert small.shape == (144, 144, 3)
     assert (small[:, :, 1] > 127).mean(1).tolist() == pytest.approx([0.5] * 144, abs=0.01)
