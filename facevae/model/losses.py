@@ -16,7 +16,7 @@ from ..core import FaceVAEError
 from ..metrics.filters import SSIM_C1, SSIM_C2, SSIM_KERNEL, blur
 from .vae import FaceVAEOutput, paste_background
 
-# %% ../../nbs/08_model/05_losses.ipynb #c0012
+# %% ../../nbs/08_model/05_losses.ipynb #c0013
 class _MeanSSIM(torch.autograd.Function):
     """Mean SSIM of (B, C, H, W) images; the gradient is computed with the value, while the maps are there."""
 
@@ -59,7 +59,7 @@ def ssim_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     return 2 - _MeanSSIM.apply(pred, target)
 
-# %% ../../nbs/08_model/05_losses.ipynb #c0019
+# %% ../../nbs/08_model/05_losses.ipynb #c0020
 IMAGE_LOSSES = {"ssim": ssim_loss, "l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -89,7 +89,7 @@ def mask_dice_loss(
     common_area, area, true_area = areas if reduce is None else reduce(areas)
     return 1 - (2 * common_area + 1) / (area + true_area + 1)
 
-# %% ../../nbs/08_model/05_losses.ipynb #c0030
+# %% ../../nbs/08_model/05_losses.ipynb #c0031
 def loss_terms(
     out: FaceVAEOutput,
     images: torch.Tensor,
