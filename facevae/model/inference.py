@@ -60,25 +60,22 @@ def to_pil_image(image: ImageInput) -> Image.Image:
 # %% ../../nbs/08_model/02_inference.ipynb #c0005
 def _to_array(image: np.ndarray | Tensor) -> np.ndarray:
     """The array (H, W, 3) of an image. Raises FaceVAEError for another shape or type."""
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise FaceVAEError(
-                f"A tensor of an image has the shape (3, H, W), not {tuple(image.shape)}. "
-                "Of a batch (B, 3, H, W), give list(batch)."
-            )
-        image = image.detach().cpu()
-        return (image.float() if image.is_floating_point() else image).permute(1, 2, 0).numpy()
-    if not isinstance(image, np.ndarray):
+    is_tensor = isinstance(image, Tensor)
+    if not is_tensor and not isinstance(image, np.ndarray):
         raise FaceVAEError(
             f"A {type(image).__name__} is not an image. Give a path, a PIL image, an array (H, W, 3), "
             "a tensor (3, H, W), or a list of these."
         )
-    if image.ndim != 3 or image.shape[2] != 3:
+    kind, shape = ("A tensor", "3, H, W") if is_tensor else ("An array", "H, W, 3")
+    if image.ndim != 3 or image.shape[0 if is_tensor else 2] != 3:
         raise FaceVAEError(
-            f"An array of an image has the shape (H, W, 3), not {image.shape}. "
-            "Of a batch (B, H, W, 3), give list(batch)."
+            f"{kind} of an image has the shape ({shape}), not {tuple(image.shape)}. "
+            f"Of a batch (B, {shape}), give list(batch)."
         )
-    return image
+    if not is_tensor:
+        return image
+    image = image.detach().cpu().permute(1, 2, 0)
+    return (image.float() if image.is_floating_point() else image).numpy()
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:
