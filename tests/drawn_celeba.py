@@ -21,7 +21,7 @@ RECORD = {"scheme": "face-parsing", "parser": "drawn", "weights_sha256": "00" * 
 
 
 class Faces:
-    """Drawn faces of 178 x 218 pixels that pass for pictures of CelebA.
+    """Drawn faces of 178 x 218 pixels that pass for images of CelebA.
 
     numbers: their names there, as many of each split (0 train, 1 val, 2 test), the first ones that it has. values: attributes, -1 or 1.
     """
@@ -77,8 +77,8 @@ def write_labels(faces: Faces, folder: Path, record: dict | None = RECORD) -> Pa
     return folder
 
 
-def zip_pictures(folder: Path) -> None:
-    """Turn a folder of pictures into the zip file that it came in."""
+def zip_images(folder: Path) -> None:
+    """Turn a folder of images into the zip file that it came in."""
     with zipfile.ZipFile(folder.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.iterdir()):
             archive.write(path, f"{folder.name}/{path.name}")
@@ -96,7 +96,7 @@ def official(faces: Faces, root: Path, folder: str = "Img/img_align_celeba", **o
 
 def official_zip(faces: Faces, root: Path) -> Path:
     official(faces, root)
-    zip_pictures(root / "Img" / "img_align_celeba")
+    zip_images(root / "Img" / "img_align_celeba")
     return root
 
 
@@ -137,7 +137,7 @@ CELEBA = {
 
 
 def celebamask_hq(faces: Faces, root: Path, order) -> Path:
-    """CelebAMask-HQ of square cuts of the faces, the parts at half the size of the pictures. order: which face is which number."""
+    """CelebAMask-HQ of square cuts of the faces, the parts at half the size of the images. order: which face is which number."""
     base = root / "CelebAMask-HQ"
     for folder in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"):
         (base / folder).mkdir(parents=True)

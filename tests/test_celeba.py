@@ -18,7 +18,7 @@ from conftest import TINY, facevae, facevae_here
 from drawn_celeba import ATTRIBUTES, RECORD, Faces
 from PIL import Image
 
-from facevae import celeba as published_celeba
+from facevae.data import celeba_files as published_celeba
 from facevae.config import make_config
 from facevae.core import FaceVAEError
 from facevae.data.celeba import CelebASource
@@ -164,7 +164,7 @@ def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
     [
         ("Anno/list_attr_celeba.txt", "lacks the attributes (looked for"),
         ("Eval/list_eval_partition.txt", "lacks the partition (looked for"),
-        ("Img/img_align_celeba", "lacks the pictures (looked for"),
+        ("Img/img_align_celeba", "lacks the images (looked for"),
     ],
 )
 def test_a_missing_part(name, expected, celeba):
@@ -187,7 +187,7 @@ def test_a_missing_part(name, expected, celeba):
     ],
 )
 def test_a_truncated_or_refused_zip(kept, expected, faces, celeba):
-    drawn_celeba.zip_pictures(celeba / "Img" / "img_align_celeba")
+    drawn_celeba.zip_images(celeba / "Img" / "img_align_celeba")
     path = celeba / "Img" / "img_align_celeba.zip"
     path.write_bytes(
         b"<!DOCTYPE html><html>Quota exceeded</html>" if kept is None else path.read_bytes()[:kept]
@@ -197,7 +197,7 @@ def test_a_truncated_or_refused_zip(kept, expected, faces, celeba):
 
 
 def test_a_damaged_picture_in_a_zip_is_skipped_by_name(faces, celeba):
-    drawn_celeba.zip_pictures(celeba / "Img" / "img_align_celeba")
+    drawn_celeba.zip_images(celeba / "Img" / "img_align_celeba")
     path = celeba / "Img" / "img_align_celeba.zip"
     with zipfile.ZipFile(path) as archive:
         place = archive.getinfo("img_align_celeba/162771.jpg").header_offset
@@ -222,7 +222,7 @@ def test_masks_missing_or_of_the_wrong_size(celeba):
         and "goes on where it stopped" in said
     )
     assert (
-        "182640.jpg: the label map has another size than its picture: 170 x 218, and the picture is 178 x 218"
+        "182640.jpg: the label map has another size than its image: 170 x 218, and the image is 178 x 218"
         in said
         and "--max-bad" in said
     )
@@ -245,9 +245,9 @@ def test_no_labels_at_all(celeba):
         in said
     )
     (celeba.parent / "labels").mkdir()
-    drawn_celeba.zip_pictures(celeba / "Img" / "img_align_celeba")
+    drawn_celeba.zip_images(celeba / "Img" / "img_align_celeba")
     said = refused(*command(celeba, "--allow-subset"))
-    assert "holds no label maps of CelebA" in said and "img_align_celeba.zip' is unpacked" in said
+    assert "holds no label maps of CelebA" in said and f"--images '{celeba}/Img/img_align_celeba.zip'" in said
 
 
 def test_labels_of_nobody_knows_which_scheme(celeba):
@@ -293,21 +293,21 @@ def test_two_layouts_at_once(faces, celeba):
 
 def test_a_subset_must_be_asked_for(celeba):
     said = refused(*command(celeba))
-    assert "holds 24 of CelebA's 202,599 pictures; missing: 000009.jpg" in said and "--allow-subset" in said
+    assert "holds 24 of CelebA's 202,599 images; missing: 000009.jpg" in said and "--allow-subset" in said
 
 
 @pytest.fixture(scope="module")
 def whole(faces, tmp_path_factory):
-    """202,599 names of one picture, the official partition, made-up attributes, and label maps for the first 1,000."""
+    """202,599 names of one image, the official partition, made-up attributes, and label maps for the first 1,000."""
     root = tmp_path_factory.mktemp("whole")
-    pictures, labels = root / "img_align_celeba", root / "labels"
-    for folder in (pictures, labels):
+    images, labels = root / "img_align_celeba", root / "labels"
+    for folder in (images, labels):
         folder.mkdir()
     for number in range(1, CELEBA_COUNT + 1):
         if number % 30_000 == 1:  # a file has only so many names
             one = root / f"{number}.jpg"
             Image.fromarray(faces.images[0]).save(one)
-        os.link(one, pictures / f"{number:06d}.jpg")
+        os.link(one, images / f"{number:06d}.jpg")
     for number in range(1, 1001):
         Image.fromarray(faces.labels[0]).save(labels / f"{number:06d}.png", compress_level=1)
     (labels / "parsing.json").write_text(json.dumps(RECORD))
@@ -329,7 +329,7 @@ def whole(faces, tmp_path_factory):
 
 
 def test_the_whole_of_celeba(whole):
-    """Counts and digests as published are accepted; one picture fewer, or other attributes, are not. The source is a few arrays."""
+    """Counts and digests as published are accepted; one image fewer, or other attributes, are not. The source is a few arrays."""
     partition = published_celeba.published_files()["list_eval_partition.txt"]
     with mock.patch.object(
         published_celeba, "published_files", lambda: {"list_eval_partition.txt": partition}
@@ -351,7 +351,7 @@ def test_the_whole_of_celeba(whole):
             pack(source, whole / "store", progress=False)
         (whole / "img_align_celeba" / "123456.jpg").rename(whole / "spare.jpg")
         with pytest.raises(
-            FaceVAEError, match="holds 202,598 of CelebA's 202,599 pictures; missing: 123456.jpg"
+            FaceVAEError, match="holds 202,598 of CelebA's 202,599 images; missing: 123456.jpg"
         ):
             CelebASource(whole, whole / "labels", SIZE)
         (whole / "spare.jpg").rename(whole / "img_align_celeba" / "123456.jpg")
@@ -363,7 +363,7 @@ def test_the_whole_of_celeba(whole):
 
 
 def test_packing_is_fast_and_holds_few_pictures_at_a_time(whole):
-    """In processor time, which a busy machine does not upset: 400 pictures a second on two cores are 5 ms for each."""
+    """In processor time, which a busy machine does not upset: 400 images a second on two cores are 5 ms for each."""
     source = CelebASource(whole, whole / "labels", 144, allow_subset=True)
     source.present[1001:] = False
     begun = time.process_time()
@@ -413,7 +413,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "layout, pictures",
+    "layout, images",
     [
         ("official", "Img/img_align_celeba"),
         ("torchvision", "celeba/img_align_celeba"),
@@ -421,11 +421,11 @@ def weights(tmp_path_factory):
         ("kaggle", ""),
     ],
 )
-def test_from_pictures_to_a_store_with_masks(layout, pictures, weights, tmp_path):
+def test_from_pictures_to_a_store_with_masks(layout, images, weights, tmp_path):
     """The first two commands of the README, with a parser of random weights; whichever folder of CelebA it is given."""
     root, labels = drawn_celeba.CELEBA[layout](Faces(1), tmp_path / "celeba"), tmp_path / "labels"
     done = facevae_here(
-        "parse-masks", "--images", root / pictures, "--out", labels, "--weights", weights, "--any-weights"
+        "parse-masks", "--images", root / images, "--out", labels, "--weights", weights, "--any-weights"
     )
     assert done.returncode == 0, done.stderr
     done = facevae_here(*command(root, "--allow-subset"))
@@ -521,7 +521,7 @@ def test_celebamask_hq_without_its_mapping_and_with_bad_masks(faces, tmp_path):
     said = refused(*hq_command(root))
     assert (
         "7.jpg: no label map: there is no part of it" in said
-        and "4.jpg: the parts have another size than their picture: '00004_skin.png' is 178 x 100" in said
+        and "4.jpg: the parts have another size than their image: '00004_skin.png' is 178 x 100" in said
     )
     assert "22 faces" in facevae_here(*hq_command(root, "--max-bad", 0.1)).stdout
     shutil.rmtree(tmp_path / "store")

@@ -1,4 +1,4 @@
-"""Face masks for photographs: networks against others' implementations, weights that are not what they should be, and a command that is killed."""
+"""Face masks for photos: networks against others' implementations, weights that are not what they should be, and a command that is killed."""
 
 import csv
 import errno
@@ -22,7 +22,7 @@ from conftest import facevae_here
 from PIL import Image
 from test_hostile import PLANTED, plant, refused, refused_command
 
-from facevae import parser_bisenet, parser_segformer
+from facevae.parsing import bisenet, segformer
 from facevae.data.labels import LABEL_CLASSES, FACE_PARTS, LABEL_SCHEMES, class_ids, remap_labels
 from facevae.data.loader import face_mask
 from facevae.data.packing import pack
@@ -55,9 +55,9 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
+def photos(tmp_path_factory):
     """Drawn faces as files of several sizes, in a folder and a folder inside it."""
-    folder = tmp_path_factory.mktemp("photographs")
+    folder = tmp_path_factory.mktemp("photos")
     (folder / "more").mkdir()
     for i, face in enumerate(draw_faces(range(14), size=144).images.numpy()):
         size = (178, 218) if i % 3 else (90, 110)
@@ -120,18 +120,18 @@ def test_bisenet_parser_does_what_the_original_script_does(theirs, weights):
     """Pillow's bilinear squash to 512, ImageNet's normalisation, the largest logit: pixel by pixel."""
     from torchvision.transforms.functional import normalize, to_tensor
 
-    picture = Image.fromarray(draw_faces(range(1), size=144).images[0].numpy()).resize(
+    image = Image.fromarray(draw_faces(range(1), size=144).images[0].numpy()).resize(
         (512, 512), Image.Resampling.BILINEAR
     )
     other = theirs(n_classes=19).eval()
     other.load_state_dict(torch.load(weights, weights_only=True))
     with torch.inference_mode():
         expected = (
-            other(normalize(to_tensor(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None])[0]
+            other(normalize(to_tensor(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None])[0]
             .argmax(1)
             .numpy()
         )
-    found = load_bisenet(weights, any_weights=True)(np.asarray(picture)[None]).numpy()
+    found = load_bisenet(weights, any_weights=True)(np.asarray(image)[None]).numpy()
     assert found.dtype == np.uint8 and found.shape == (1, 512, 512)
     assert (found != remap_labels(expected, "face-parsing")).mean() < 1e-4, (
         "but for logits that are all but equal"
@@ -161,16 +161,16 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
     )
     processor.save_pretrained(tmp_path / "tiny")
     parser = load_segformer(tmp_path / "tiny", any_weights=True)
-    pictures = np.stack(
+    images = np.stack(
         [
             np.asarray(Image.fromarray(face).resize((128, 128)))
             for face in draw_faces(range(2), size=72).images.numpy()
         ]
     )
     with torch.inference_mode():
-        logits = model(**processor(list(pictures), return_tensors="pt")).logits
+        logits = model(**processor(list(images), return_tensors="pt")).logits
         expected = torch.nn.functional.interpolate(logits, (128, 128), mode="bilinear").argmax(1).numpy()
-    found = parser(pictures).numpy()
+    found = parser(images).numpy()
     assert len(np.unique(expected)) > 2
     assert (np.array(LABEL_CLASSES)[found] != np.array(names)[expected]).mean() < 1e-3
     assert parser.size == 128 and parser.revision is None
@@ -179,7 +179,7 @@ def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
         == hashlib.sha256((tmp_path / "tiny" / "model.safetensors").read_bytes()).hexdigest()
     )
     said = refused(load_segformer, tmp_path / "tiny")
-    assert parser.weights_sha256 in said and parser_segformer.SHA256 in said
+    assert parser.weights_sha256 in said and segformer.SEGFORMER_SHA256 in said
 
 
 def test_glasses_stay_glasses_in_every_scheme():
@@ -207,21 +207,21 @@ def test_glasses_stay_glasses_in_every_scheme():
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", PLANTED)
-def test_payload_as_weights(tmp_path, photographs, monkeypatch, how):
+def test_payload_as_weights(tmp_path, photos, monkeypatch, how):
     """Nothing runs, whether the digest is wrong, right, or not asked for."""
     path, marker = tmp_path / "weights.pth", tmp_path / "executed"
     plant(path, how, marker)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     said = refused(load_bisenet, path)
-    assert digest in said and parser_bisenet.SHA256 in said
+    assert digest in said and bisenet.BISENET_SHA256 in said
     assert "does not hold weights" in refused(load_bisenet, path, any_weights=True)
     assert digest in refused_command(
-        "parse-masks", "--images", photographs, "--out", tmp_path / "out", "--weights", path
+        "parse-masks", "--images", photos, "--out", tmp_path / "out", "--weights", path
     )
-    monkeypatch.setattr(parser_bisenet, "SHA256", digest)
+    monkeypatch.setattr(bisenet, "BISENET_SHA256", digest)
     assert "does not hold weights" in refused(load_bisenet, path)
     (tmp_path / "model").mkdir()
-    for name in parser_segformer.FILES:
+    for name in segformer.SEGFORMER_FILES:
         plant(tmp_path / "model" / name, how, marker)
     refused(load_segformer, tmp_path / "model", any_weights=True)
     (tmp_path / "model" / "config.json").write_text(
@@ -256,30 +256,30 @@ def test_checkpoint_that_does_not_fit(tmp_path, weights, change):
 def test_weights_are_fetched_once_and_checked(tmp_path, weights, monkeypatch):
     cache = tmp_path / "hub" / "checkpoints" / "parsing_bisenet.pth"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(parser_bisenet, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
-    monkeypatch.setattr(parser_bisenet, "BYTES", weights.stat().st_size)
+    monkeypatch.setattr(bisenet, "BISENET_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setattr(bisenet, "BISENET_BYTES", weights.stat().st_size)
     page = tmp_path / "page.html"
     page.write_text("<html>Too many people have viewed or downloaded this file recently")
     for wrong in (page.as_uri(), (tmp_path / "nothing").as_uri(), "https://facevae.invalid/weights.pth"):
-        monkeypatch.setattr(parser_bisenet, "URL", wrong)
+        monkeypatch.setattr(bisenet, "BISENET_URL", wrong)
         said = refused(fetch_bisenet, progress=False)
-        assert wrong in said and parser_bisenet.SHA256 in said and "--weights" in said and str(cache) in said
+        assert wrong in said and bisenet.BISENET_SHA256 in said and "--weights" in said and str(cache) in said
         assert not list(cache.parent.iterdir())
-    monkeypatch.setattr(parser_bisenet, "URL", weights.as_uri())
+    monkeypatch.setattr(bisenet, "BISENET_URL", weights.as_uri())
     assert fetch_bisenet(progress=False) == cache and cache.read_bytes() == weights.read_bytes()
-    cache.write_bytes(bytes(parser_bisenet.BYTES))  # damaged: fetched again
+    cache.write_bytes(bytes(bisenet.BISENET_BYTES))  # damaged: fetched again
     assert fetch_bisenet(progress=False).read_bytes() == weights.read_bytes()
-    monkeypatch.setattr(parser_bisenet, "URL", "https://facevae.invalid/weights.pth")
-    assert load_bisenet().revision == parser_bisenet.REVISION
+    monkeypatch.setattr(bisenet, "BISENET_URL", "https://facevae.invalid/weights.pth")
+    assert load_bisenet().revision == bisenet.BISENET_REVISION
 
 
 def test_segformer_that_cannot_be_fetched(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(
-        parser_segformer, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+        segformer, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
     )
     said = refused(load_segformer)
-    assert parser_segformer.REVISION in said and "model.safetensors" in said and "--weights DIR" in said
+    assert segformer.SEGFORMER_REVISION in said and "model.safetensors" in said and "--weights DIR" in said
 
 
 # The command
@@ -295,13 +295,13 @@ def test_help():
     assert "parse-masks" in facevae_here("--help").stdout
 
 
-def command(photographs, out, weights, *options, **popen):
+def command(photos, out, weights, *options, **popen):
     return subprocess.Popen(
         [
             str(Path(sys.executable).parent / "facevae"),
             "parse-masks",
             "--images",
-            str(photographs),
+            str(photos),
             "--out",
             str(out),
             "--weights",
@@ -319,12 +319,12 @@ def command(photographs, out, weights, *options, **popen):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(photographs, weights, tmp_path_factory):
+def undisturbed(photos, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "labels"
     done = facevae_here(
         "parse-masks",
         "--images",
-        photographs,
+        photos,
         "--out",
         out,
         "--weights",
@@ -345,19 +345,19 @@ def until_labelled(out: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def test_interrupted_killed_and_resumed(photographs, weights, undisturbed, tmp_path):
+def test_interrupted_killed_and_resumed(photos, weights, undisturbed, tmp_path):
     """In the middle by Ctrl-C, then by force, and given again: what was done stays as it was, to the time of its writing."""
     out = tmp_path / "labels"
-    process = command(photographs, out, weights)
+    process = command(photos, out, weights)
     until_labelled(out, 2, process)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 130 and "goes on where it stopped" in said and "Traceback" not in said
-    process = command(photographs, out, weights)
+    process = command(photos, out, weights)
     until_labelled(out, min(len(list(out.rglob("*.png"))), 10) + 1, process)
     os.kill(process.pid, signal.SIGSTOP)  # it is still there, and holds the directory
     second = facevae_here(
-        "parse-masks", "--images", photographs, "--out", out, "--weights", weights, "--any-weights"
+        "parse-masks", "--images", photos, "--out", out, "--weights", weights, "--any-weights"
     )
     assert second.returncode == 1 and "Another process" in second.stderr
     process.kill()
@@ -367,7 +367,7 @@ def test_interrupted_killed_and_resumed(photographs, weights, undisturbed, tmp_p
     after = facevae_here(
         "parse-masks",
         "--images",
-        photographs,
+        photos,
         "--out",
         out,
         "--weights",
@@ -396,9 +396,9 @@ class Quick:
 
     name, scheme, weights_sha256, revision, size = "quick", "face-parsing", "0" * 64, None, 64
 
-    def __call__(self, pictures):
+    def __call__(self, images):
         time.sleep(0.002)
-        return torch.from_numpy((pictures[..., 0] // 14).astype(np.uint8))
+        return torch.from_numpy((images[..., 0] // 14).astype(np.uint8))
 
 
 def test_killed_again_and_again(tmp_path):
@@ -436,27 +436,27 @@ def test_killed_again_and_again(tmp_path):
 
 
 @pytest.fixture
-def labelled(photographs, tmp_path):
-    parse_folder(photographs, tmp_path / "labels", Quick(), progress=False)
+def labelled(photos, tmp_path):
+    parse_folder(photos, tmp_path / "labels", Quick(), progress=False)
     return tmp_path / "labels"
 
 
-def test_what_only_looks_finished_is_done_again(photographs, labelled):
+def test_what_only_looks_finished_is_done_again(photos, labelled):
     before, kept = maps(labelled), (labelled / "04.png").stat().st_mtime_ns
     (labelled / "00.png").write_bytes(b"")  # as a power cut leaves it
     whole = (labelled / "02.png").read_bytes()
     (labelled / "02.png").write_bytes(whole[: len(whole) // 2])
     (labelled / "more" / "01.png").unlink()
-    parse_folder(photographs, labelled, Quick(), progress=False)
+    parse_folder(photos, labelled, Quick(), progress=False)
     assert same(maps(labelled), before) and (labelled / "04.png").stat().st_mtime_ns == kept
 
 
-def test_another_parser_or_directory_is_refused(photographs, undisturbed, weights, tmp_path):
+def test_another_parser_or_directory_is_refused(photos, undisturbed, weights, tmp_path):
     torch.save(random_bisenet(seed=5).state_dict(), tmp_path / "others.pth")
     said = refused_command(
         "parse-masks",
         "--images",
-        photographs,
+        photos,
         "--out",
         undisturbed,
         "--weights",
@@ -471,28 +471,26 @@ def test_another_parser_or_directory_is_refused(photographs, undisturbed, weight
     (tmp_path / "full" / "letter.txt").write_text("dear")
     common = ("--weights", weights, "--any-weights")
     assert "letter.txt" in refused_command(
-        "parse-masks", "--images", photographs, "--out", tmp_path / "full", *common
+        "parse-masks", "--images", photos, "--out", tmp_path / "full", *common
     )
-    assert "pictures themselves" in refused_command(
-        "parse-masks", "--images", photographs, "--out", photographs, *common
-    )
+    assert "images themselves" in refused_command("parse-masks", "--images", photos, "--out", photos, *common)
     assert "no folder" in refused_command(
         "parse-masks", "--images", tmp_path / "none", "--out", tmp_path / "out", *common
     )
     assert "bisenet" in refused_command(
-        "parse-masks", "--images", photographs, "--out", tmp_path / "out", "--parser", "bisnet"
+        "parse-masks", "--images", photos, "--out", tmp_path / "out", "--parser", "bisnet"
     )
     assert "--device" in refused_command(
-        "parse-masks", "--images", photographs, "--out", tmp_path / "out", "--device", "cuda:77", *common
+        "parse-masks", "--images", photos, "--out", tmp_path / "out", "--device", "cuda:77", *common
     )
     (tmp_path / "link").symlink_to(tmp_path / "full" / "letter.txt")
     assert "Choose another" in refused_command(
-        "parse-masks", "--images", photographs, "--out", tmp_path / "link", *common
+        "parse-masks", "--images", photos, "--out", tmp_path / "link", *common
     )
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear" and not (tmp_path / "out").exists()
 
 
-def test_full_disk_says_so_and_the_rest_is_done_later(photographs, labelled, tmp_path, monkeypatch):
+def test_full_disk_says_so_and_the_rest_is_done_later(photos, labelled, tmp_path, monkeypatch):
     replace, calls = os.replace, []
 
     def full(source, target):
@@ -503,24 +501,22 @@ def test_full_disk_says_so_and_the_rest_is_done_later(photographs, labelled, tmp
 
     monkeypatch.setattr(os, "replace", full)
     assert "no space left" in refused(
-        parse_folder, photographs, tmp_path / "later", Quick(), batch_size=2, progress=False
+        parse_folder, photos, tmp_path / "later", Quick(), batch_size=2, progress=False
     )
     monkeypatch.undo()
     assert 0 < len(maps(tmp_path / "later")) < 14
-    parse_folder(photographs, tmp_path / "later", Quick(), progress=False)
+    parse_folder(photos, tmp_path / "later", Quick(), progress=False)
     assert same(maps(tmp_path / "later"), maps(labelled))
 
 
 @pytest.mark.filterwarnings("ignore:The labels")  # which mean nothing
-def test_label_maps_are_ready_to_be_packed(photographs, labelled, tmp_path):
+def test_label_maps_are_ready_to_be_packed(photos, labelled, tmp_path):
     scheme = json.loads((labelled / "parsing.json").read_text())["scheme"]
-    store = pack(
-        FolderSource(photographs, labelled, scheme=scheme, size=36), tmp_path / "store", progress=False
-    )
+    store = pack(FolderSource(photos, labelled, scheme=scheme, size=36), tmp_path / "store", progress=False)
     assert (
         len(store) == 14
         and not store.manifest.skipped
-        and not [note for note in store.manifest.notes if "no picture" in note]
+        and not [note for note in store.manifest.notes if "no image" in note]
     )
 
 
@@ -536,7 +532,7 @@ def test_real_weights_on_real_faces(tmp_path):
     from skimage.data import astronaut
 
     parser = load_bisenet(os.environ["FACEVAE_BISENET_WEIGHTS"])
-    assert parser.revision == parser_bisenet.REVISION
+    assert parser.revision == bisenet.BISENET_REVISION
     face = astronaut()[0:218, 135:313]  # (218, 178, 3), framed as in CelebA
     labels = parser(face[None]).numpy()[0]
     found = score_labels(labels)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import facevae.packing
+import facevae.data.packing
 from facevae.core import FaceVAEError
 from facevae.data.labels import LABEL_CLASSES
 from facevae.data.packing import FaceBatch, Skipped, pack
@@ -100,7 +100,7 @@ FORKS = """
             facevae.core.os.replace = lambda source, target: hang() if str(target) == out else replace(source, target)
         batch = int(moment) if moment.isdigit() else -1
         try:
-            packing.write_store(Plain(hook=lambda number: hang() if number == batch else None), out, progress=False)
+            packing.pack(Plain(hook=lambda number: hang() if number == batch else None), out, progress=False)
         except KeyboardInterrupt:
             return 130
         except SystemExit as stopped:
@@ -325,7 +325,7 @@ def test_manifest_that_is_no_json(store):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Forty pictures with label maps, and the way to spoil them."""
+    """Forty images with label maps, and the way to spoil them."""
     images, labels = tmp_path / "images", tmp_path / "labels"
     images.mkdir()
     labels.mkdir()
@@ -338,20 +338,20 @@ def folders(tmp_path):
 
 
 def spoil(images: Path, labels: Path, how: str) -> None:
-    picture, label = images / "07.jpg", labels / "07.png"
-    if how == "empty picture":
-        picture.write_bytes(b"")
-    if how == "truncated picture":
-        os.truncate(picture, picture.stat().st_size // 2)
+    image, label = images / "07.jpg", labels / "07.png"
+    if how == "empty image":
+        image.write_bytes(b"")
+    if how == "truncated image":
+        os.truncate(image, image.stat().st_size // 2)
     if how == "text":
-        picture.write_text("<html>quota exceeded</html>")
+        image.write_text("<html>quota exceeded</html>")
     if how == "broken link":
-        picture.unlink()
-        picture.symlink_to("nowhere.jpg")
+        image.unlink()
+        image.symlink_to("nowhere.jpg")
     if how == "folder":
-        picture.unlink()
-        picture.mkdir()
-        (picture / "inside.txt").write_text("")
+        image.unlink()
+        image.mkdir()
+        (image / "inside.txt").write_text("")
     if how == "no label":
         label.unlink()
     if how == "empty label":
@@ -365,29 +365,29 @@ def spoil(images: Path, labels: Path, how: str) -> None:
     if how == "grey values":
         Image.fromarray(layout() * 10).resize((72, 72), Image.Resampling.NEAREST).save(label)
     if how == "two suffixes":
-        shutil.copy(picture, images / "07.jpeg")
+        shutil.copy(image, images / "07.jpeg")
     if how == "turned":
         exif = Image.Exif()
         exif[0x0112] = 6
-        Image.new("RGB", (72, 40)).save(picture, exif=exif)
+        Image.new("RGB", (72, 40)).save(image, exif=exif)
         Image.fromarray(layout()).resize((72, 40), Image.Resampling.NEAREST).save(label)
 
 
 @pytest.mark.parametrize(
     "how, reason",
     [
-        ("empty picture", "'07.jpg' has 0 bytes"),
-        ("truncated picture", "image file is truncated"),
+        ("empty image", "'07.jpg' has 0 bytes"),
+        ("truncated image", "image file is truncated"),
         ("text", "not a JPEG/PNG/WEBP/BMP file"),
         ("broken link", "No such file"),
         ("no label", "expected was '07.png'"),
         ("empty label", "'07.png' has 0 bytes"),
         ("truncated label", "'07.png'"),
-        ("label size", "36 x 36, and the picture is 72 x 72"),
+        ("label size", "36 x 36, and the image is 72 x 72"),
         ("colour label", "has the mode RGB"),
         ("grey values", "outside the scheme 'face-parsing'"),
         ("two suffixes", "07.jpeg and 07.jpg"),
-        ("turned", "72 x 40, and the picture is 40 x 72"),
+        ("turned", "72 x 40, and the image is 40 x 72"),
     ],
 )
 def test_bad_inputs_are_named(folders, tmp_path, capsys, how, reason):

@@ -72,7 +72,7 @@ def pack_synthetic(
 @pack_app.command("folder")
 def pack_folder(
     out: OutOption,
-    images: Annotated[Path, typer.Option(help="Folder of pictures.")],
+    images: Annotated[Path, typer.Option(help="Folder or zip file of images.")],
     labels: Annotated[
         Path, typer.Option(help="Folder of label maps: PNGs of class indices, named as the pictures are.")
     ],
@@ -177,7 +177,7 @@ def choose_device(name: str | None):
 
 
 def parse_masks(
-    images: Annotated[Path, typer.Option("--images", help="Folder of photographs, with its subfolders.")],
+    images: Annotated[Path, typer.Option("--images", help="Folder of images, with its subfolders, or a zip file of them.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of label maps, new or begun before.")],
     parser: Annotated[
         str, typer.Option("--parser", help="bisenet (the paper's) or segformer (needs facevae[segformer]).")
