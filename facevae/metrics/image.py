@@ -56,8 +56,8 @@ def ssim(pair, weight):
 def ms_ssim(pair, weight):
     """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003) in [0, 1].
 
-    As many of the five scales as fit, see `ms_ssim_scales`; negative factors count as 0, as is usual. The weight
-    is smoothed by the window.
+    As many of the five scales as fit, see `ms_ssim_scales`; negative factors count as 0, as is usual. The
+    weight is smoothed by the window.
     """
     scales = ms_ssim_scales(*pair.target.images.shape[-2:])
     exponents = [exponent / sum(MS_SSIM_WEIGHTS[:scales]) for exponent in MS_SSIM_WEIGHTS[:scales]]
@@ -77,11 +77,11 @@ def ms_ssim(pair, weight):
 
 @metric
 def vif(pair, weight):
-    """Visual information fidelity in the pixel domain (Sheikh and Bovik 2006): how much information is preserved.
+    """Visual information fidelity in the pixel domain (Sheikh and Bovik 2006): the part that is preserved.
 
-    1 for identical images, above 1 when contrast was raised. Not symmetric. Mean over the channels, as in sewar
-    and torchmetrics (on images times 255). NaN below 41 px and for a flat target. The weight is taken at window
-    centres.
+    1 for identical images, above 1 when contrast was raised. Not symmetric. Mean over the channels, as in
+    sewar and torchmetrics (on images times 255). NaN below 41 px and for a flat target. The weight is taken
+    at window centres.
     """
     images = pair.target.images
     if min(images.shape[-2:]) < VIF_MIN_SIZE:
@@ -118,8 +118,8 @@ def psnr(pair, weight):
 def sharpness(pair, weight):
     """Gradient energy of the prediction over that of the target: below 1 is blurred, above 1 noisy.
 
-    The energy is the mean square difference of neighbouring pixels; a pair of neighbours counts by the product of
-    their weights. Infinite or NaN for a flat target.
+    The energy is the mean square difference of neighbouring pixels; a pair of neighbours counts by the
+    product of their weights. Infinite or NaN for a flat target.
     """
 
     def energy(images: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def compute_view_metrics(
     names: of METRIC_FUNCTIONS and lpips; None for all that can be had.
     lpips: what `load_lpips` gave.
     Returns {view: {metric: (B,)}}.
-    Raises FaceVAEError for an unknown name, for lpips without its function, or for tensors that are not images.
+    Raises FaceVAEError for an unknown name, lpips without its function, or tensors that are not images.
     """
     rules = {name: METRIC_FUNCTIONS[name].pool for name in METRICS if name in METRIC_FUNCTIONS}
     if lpips is not None:

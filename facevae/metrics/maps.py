@@ -93,7 +93,7 @@ def _vif_kernel(scale: int) -> tuple[float, ...]:
 
 
 def vif_downsample(images: Tensor, scale: int) -> Tensor:
-    """Images or weights (B, C, H, W) of the VIF scale before, at `scale`: blurred, every second pixel kept."""
+    """Images or weights (B, C, H, W) of the VIF scale before: blurred, every second pixel kept."""
     return blur(images, _vif_kernel(scale), stride=2)
 
 
@@ -183,7 +183,7 @@ class ImagePair:
 
     @_cached
     def vif_maps(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Information in each window of a VIF scale: what the prediction preserves, and what the original has."""
+        """Information in each window of a VIF scale: preserved by the prediction, and of the original."""
         (mean_p, var_p), (mean_t, var_t) = self.pred.vif_moments(scale), self.target.vif_moments(scale)
         product = blur(self.pred.vif_images(scale) * self.target.vif_images(scale), _vif_kernel(scale))
         covariance = product - mean_p * mean_t
@@ -258,7 +258,7 @@ def pool_views(
                     parts[view][name].append(rule(pairs[id(pred)], weights))
     return {view: {name: torch.cat(values) for name, values in row.items()} for view, row in parts.items()}
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #d0011
+# %% ../../nbs/07_metrics/01_maps.ipynb #d0005
 METRIC_ARGUMENTS = """
 pred, target: images (B, 3, H, W), sRGB values in [0, 1].
 weight: of each pixel, (B, 1, H, W) in [0, 1], or None for all alike.
