@@ -62,7 +62,7 @@ def test_errors_show_a_traceback_only_when_asked(tmp_path):
         (["--hypothesis", "H9", "--set", "size=100"], "'size' cannot be 100"),
         (["--hypothesis", "H9", "--set", "mask=false"], "'mask' cannot be overridden"),
         (["--hypothesis", "H9", "--set", "steps"], "key=value"),
-        (["--hypothesis", "H9", "--set", "size=72"], "36 px pictures"),
+        (["--hypothesis", "H9", "--set", "size=72"], "36 px images"),
         (["--hypothesis", "H9", "--seed", "-1"], "'seed' cannot be -1"),
     ],
 )
@@ -77,7 +77,7 @@ def test_settings_are_checked_before_anything_starts(store, tmp_path, options, e
         (["--hypotheses", "H5,H99"], "'H99'"),
         (["--seeds", "0,x"], "'0,x' is not a list of seeds"),
         (["--workers", "0"], "--workers"),
-        (["--set", "size=72"], "36 px pictures"),
+        (["--set", "size=72"], "36 px images"),
     ],
 )
 def test_a_sweep_is_checked_before_anything_starts(store, tmp_path, options, expected):

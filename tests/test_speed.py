@@ -6,9 +6,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from facevae import losses, windows
 from facevae.config import make_config
 from facevae.data.store import FaceStore
+from facevae.metrics.filters import blur_by_products
+from facevae.model import losses
 from facevae.training.trainer import Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -24,12 +25,13 @@ def make_trainer(store, **overrides):
 
 
 def steps(trainer, count=3):
+    """The raw loss terms of a trainer's first steps."""
     return [{name: float(value) for name, value in trainer.step(step)[0].items()} for step in range(count)]
 
 
 def test_a_compiled_step_trains_the_same(store, monkeypatch):
-    """Traced whole, without a break, as a GPU would run it (its windows by matrix products); the code generator is left out."""
-    monkeypatch.setattr(losses, "blur", windows.blur_by_products)
+    """Traced whole, as a GPU would run it (windows by matrix products); the code generator is left out."""
+    monkeypatch.setattr(losses, "blur", blur_by_products)
     plain = steps(make_trainer(store))
     real = torch.compile
     with patch(
@@ -52,8 +54,8 @@ def test_a_step_that_cannot_be_compiled_is_run_as_it_is(store):
     with patch("torch.compile", refuse):
         trainer = make_trainer(store, compile="on")
     with pytest.warns(UserWarning, match="could not be compiled.*no compiler found.*compile=off"):
-        found = steps(trainer)
-    assert found == steps(make_trainer(store)) and not trainer.compiled
+        uncompiled = steps(trainer)
+    assert uncompiled == steps(make_trainer(store)) and not trainer.compiled
 
 
 def test_another_feed_changes_nothing(store):
@@ -70,11 +72,10 @@ def test_bfloat16_learns_what_single_precision_learns(store):
         for precision in ("fp32", "bf16")
     )
     assert sum(half[0].values()) == pytest.approx(sum(single[0].values()), rel=0.02)
-    first, last = (
-        sum(losses.weigh(run[index]).values() if index >= 0 else ()) for run, index in ((half, 0), (half, 29))
+    first, last, expected = (
+        sum(losses.weight_terms(terms).values()) for terms in (half[0], half[29], single[29])
     )
-    assert last < 0.8 * first
-    assert last == pytest.approx(sum(losses.weigh(single[29]).values()), rel=0.15)
+    assert last < 0.8 * first and last == pytest.approx(expected, rel=0.15)
     raw, _ = make_trainer(store, precision="bf16").step(0)
     assert all(value.dtype == torch.float32 for value in raw.values())
 

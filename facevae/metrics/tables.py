@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import FaceVAEError, atomic_file
-from ..safe_io import JSON_NUMBER, JSON_OBJECT, type_problems, read_table
+from ..safe_io import JSON_NUMBER, JSON_OBJECT, read_table, type_problems
 
 if TYPE_CHECKING:
     import pandas
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 class Metric:
     """How one metric is read and shown.
 
-    name: its column. label: short, for tables. axis_label: with what it measures, for an axis.
-    better: "high", "low", or "one" when values closest to 1 are best. digits: decimals shown. unit: of its values.
-    error: the value as the paper prints it, lower is better, of a number, array or column. error_label: its label.
+    name: its column.
+    label: short, for tables.
+    axis_label: with what it measures, for an axis.
+    better: "high", "low", or "one" when values closest to 1 are best.
+    digits: decimals shown.
+    error: from a number, array or column to the value as the paper prints it, where lower is better.
+    error_label: of that value.
+    unit: of the metric's values.
     """
 
     name: str
@@ -49,42 +54,22 @@ class Metric:
         return values if self.better == "high" else -values
 
 
-def _one_minus(values):
-    return 1 - values
-
-
-def _ten_times(values):
-    return 10 * values
-
-
-def _same(values):
-    return values
-
-
-def _negative(values):
-    return -values
-
-
-def _from_one(values):
-    return abs(1 - values)
-
-
 L1_AXIS = "L1 (mean absolute error, pixel values 0–1)"
 L2_AXIS = "L2 (root mean square error, pixel values 0–1)"
 SHARPNESS_AXIS = "sharpness (gradient energy / original's)"
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("ssim", "SSIM", "SSIM", "high", 3, _one_minus, "1 − SSIM"),
-        Metric("ms_ssim", "MS-SSIM", "MS-SSIM", "high", 3, _one_minus, "1 − MS-SSIM"),
-        Metric("lpips", "LPIPS", "LPIPS (AlexNet)", "low", 3, _same, "LPIPS"),
-        Metric("vif", "VIF", "VIF", "high", 3, _one_minus, "1 − VIF"),
-        Metric("l1", "L1", L1_AXIS, "low", 4, _ten_times, "10 · L1"),
-        Metric("l2", "L2", L2_AXIS, "low", 4, _ten_times, "10 · L2"),
-        Metric("psnr", "PSNR", "PSNR (dB)", "high", 2, _negative, "−PSNR (dB)", unit="dB"),
-        Metric("sharpness", "Sharpness", SHARPNESS_AXIS, "one", 3, _from_one, "|1 − sharpness|"),
-        Metric("delta_e", "Colour ΔE", "colour difference (CIEDE2000)", "low", 2, _same, "Colour ΔE"),
-        Metric("mask_iou", "Mask IoU", "mask IoU", "high", 3, _one_minus, "1 − mask IoU"),
+        Metric("ssim", "SSIM", "SSIM", "high", 3, lambda x: 1 - x, "1 − SSIM"),
+        Metric("ms_ssim", "MS-SSIM", "MS-SSIM", "high", 3, lambda x: 1 - x, "1 − MS-SSIM"),
+        Metric("lpips", "LPIPS", "LPIPS (AlexNet)", "low", 3, lambda x: x, "LPIPS"),
+        Metric("vif", "VIF", "VIF", "high", 3, lambda x: 1 - x, "1 − VIF"),
+        Metric("l1", "L1", L1_AXIS, "low", 4, lambda x: 10 * x, "10 · L1"),
+        Metric("l2", "L2", L2_AXIS, "low", 4, lambda x: 10 * x, "10 · L2"),
+        Metric("psnr", "PSNR", "PSNR (dB)", "high", 2, lambda x: -x, "−PSNR (dB)", unit="dB"),
+        Metric("sharpness", "Sharpness", SHARPNESS_AXIS, "one", 3, lambda x: abs(1 - x), "|1 − sharpness|"),
+        Metric("delta_e", "Colour ΔE", "colour difference (CIEDE2000)", "low", 2, lambda x: x, "Colour ΔE"),
+        Metric("mask_iou", "Mask IoU", "mask IoU", "high", 3, lambda x: 1 - x, "1 − mask IoU"),
     )
 }
 
@@ -109,8 +94,9 @@ def load_metrics(path: str | Path) -> "pandas.DataFrame":
         "It is written when an evaluation ends: evaluate the run again, or give the metrics.parquet of a run."
     )
     table, attributes = read_table(path, remedy, texts=("image", "view"))
-    if table.empty or (unknown := set(table["view"]) - set(VIEWS)):
-        problem = "no rows" if table.empty else f"the unknown view {min(unknown)[:100]!r}"
+    unknown = sorted(set(table["view"]) - set(VIEWS))
+    if table.empty or unknown:
+        problem = "no rows" if table.empty else f"the unknown view {unknown[0][:100]!r}"
         raise FaceVAEError(f"'{path}' has {problem}. {remedy}")
     wrong = type_problems(attributes, {"ms_ssim": JSON_OBJECT, "absent": JSON_OBJECT, "size": JSON_NUMBER})
     known = [key for key in ("ms_ssim", "absent", "size") if key in attributes and key not in wrong]
@@ -130,12 +116,8 @@ def load_latents(path: str | Path) -> "pandas.DataFrame":
 
     remedy = "It is written when a run is evaluated: evaluate the run again."
     table, _ = read_table(path, remedy, texts=())
-    if (
-        list(table) != list(LATENT_COLUMNS)
-        or table.empty
-        or not np.isfinite(table.astype(float)).all(axis=None)
-    ):
-        raise FaceVAEError(
-            f"'{path}' is not a table of latent dimensions ({', '.join(LATENT_COLUMNS)}, all finite). {remedy}"
-        )
+    complete = list(table) == list(LATENT_COLUMNS) and len(table)
+    if not complete or not np.isfinite(table.astype(float)).all(axis=None):
+        columns = ", ".join(LATENT_COLUMNS)
+        raise FaceVAEError(f"'{path}' is not a table of latent dimensions ({columns}, all finite). {remedy}")
     return table
