@@ -26,6 +26,7 @@ from ..config import RunConfig, format_settings, parse_terms
 from ..core import FaceVAEError, atomic_directory, progress_bar
 from ..data.loader import Batch, Batches, choose_source, to_device
 from ..data.store import FaceStore
+from ..model.inference import evaluation_mode
 from ..model.losses import loss_terms, weight_terms
 from ..model.pretrained import model_card
 from ..model.vae import FaceVAE, paste_background
@@ -95,10 +96,8 @@ class FiniteWatch:
 @torch.no_grad()
 def sample_rows(vae: FaceVAE, batch: Batch) -> dict[str, torch.Tensor]:
     """Named rows of images (B, 3, H, W) in [0, 1] that show what a model does to a batch."""
-    training = vae.training
-    vae.eval()
-    out = vae(batch.images, sample=False)
-    vae.train(training)
+    with evaluation_mode(vae):
+        out = vae(batch.images, sample=False)
     rows = {"original": batch.images, "recon": out.recon}
     if out.mask_logits is not None:
         mask = out.mask_logits.sigmoid()  # (B, 1, H, W)
