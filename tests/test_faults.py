@@ -232,19 +232,8 @@ def test_interrupted_by_ctrl_c(store, tmp_path, same):
     """
     out = tmp_path / "sweep"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    arguments = [
-        COMMAND,
-        "ablate",
-        "--data",
-        store,
-        "--out",
-        out,
-        "--hypotheses",
-        ",".join(HYPOTHESES),
-        "--workers",
-        "2",
-        *settings,
-    ]
+    arguments = [COMMAND, "ablate", "--data", store, "--out", out, "--hypotheses", ",".join(HYPOTHESES)]
+    arguments += ["--workers", "2", *settings]
     process = subprocess.Popen(
         list(map(str, arguments)),
         stdout=subprocess.PIPE,
@@ -283,47 +272,16 @@ def cluster(tmp_path):
     file, processes = tmp_path / "scheduler.json", []
     dask = [sys.executable, "-m", "dask"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    processes.append(
-        subprocess.Popen(
-            [
-                *dask,
-                "scheduler",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--dashboard-address",
-                "127.0.0.1:0",
-                "--scheduler-file",
-                str(file),
-            ],
-            **quiet,
-        )
-    )
+    addresses = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    scheduler = [*dask, "scheduler", *addresses, "--scheduler-file", str(file)]
+    processes.append(subprocess.Popen(scheduler, **quiet))
 
     def worker(environment=None, threads=1):
         wait_until(lambda: read(file), "the scheduler")
-        processes.append(
-            subprocess.Popen(
-                [
-                    *dask,
-                    "worker",
-                    "--scheduler-file",
-                    str(file),
-                    "--nthreads",
-                    str(threads),
-                    "--host",
-                    "127.0.0.1",
-                    "--memory-limit",
-                    "0",
-                    "--local-directory",
-                    str(tmp_path / "dask"),
-                ],
-                env=os.environ | (environment or {}),
-                cwd=tmp_path,
-                **quiet,
-            )
-        )
+        options = ["--nthreads", str(threads), "--host", "127.0.0.1", "--memory-limit", "0"]
+        options += ["--scheduler-file", str(file), "--local-directory", str(tmp_path / "dask")]
+        variables = os.environ | (environment or {})
+        processes.append(subprocess.Popen([*dask, "worker", *options], env=variables, cwd=tmp_path, **quiet))
         return processes[-1]
 
     worker.file = str(file)

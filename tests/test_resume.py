@@ -254,16 +254,8 @@ def test_a_run_of_other_code_is_refused_by_name_until_it_is_accepted(store, tmp_
     wait_until(lambda: step_of(out) >= 10, "step 10", process=process)
     process.kill()
     process.wait()
-    arguments = [
-        "train",
-        "--hypothesis",
-        "H9",
-        "--data",
-        store,
-        "--out",
-        out,
-        *(part for setting in SETTINGS for part in ("--set", setting)),
-    ]
+    arguments = ["train", "--hypothesis", "H9", "--data", store, "--out", out]
+    arguments += [part for setting in SETTINGS for part in ("--set", setting)]
     done = facevae(*arguments, check=False)
     assert (
         done.returncode == 1
