@@ -1627,6 +1627,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'facevae.training.run._content': ('09_training/run.html#_content', 'facevae/training/run.py'),
                                       'facevae.training.run._imported_files': ( '09_training/run.html#_imported_files',
                                                                                 'facevae/training/run.py'),
+                                      'facevae.training.run._imports_library': ( '09_training/run.html#_imports_library',
+                                                                                 'facevae/training/run.py'),
                                       'facevae.training.run._step_of': ('09_training/run.html#_step_of', 'facevae/training/run.py'),
                                       'facevae.training.run._versions': ('09_training/run.html#_versions', 'facevae/training/run.py'),
                                       'facevae.training.run.code_digest': ('09_training/run.html#code_digest', 'facevae/training/run.py'),

@@ -241,7 +241,9 @@ def acquire(path: str | Path) -> RunLock:
     """Lock a run directory. Raises LockBusy, naming process and host, when another works on it."""
     path = Path(path)
     path_inside(path, "claims").mkdir(parents=True, exist_ok=True)
-    file_lock = FileLock(path_inside(path, ".lock"), thread_local=False, fallback_to_soft=False)
+    file = path_inside(path, ".lock")
+    open(file, "a").close()  # what stands in its way is an error; that its file system has no locks is none
+    file_lock = FileLock(file, thread_local=False, fallback_to_soft=False)
     content = {
         "host": socket.gethostname(),
         "machine": machine_id(),

@@ -46,12 +46,18 @@ from .lock import LockLost, RunLock, acquire, inherit, is_locked, newest_lock
 CODE_ROOTS = ("training.trainer", "training.evaluation")
 
 
+def _imports_library(node: ast.AST) -> bool:
+    """Whether a statement imports from the library; imports of several lines are exported as absolute ones."""
+    return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.split(".")[0] == "facevae")
+
+
 def _imported_files(file: Path, tree: ast.Module) -> list[Path]:
     """Files of the library's modules that a module imports, in the order of its import statements."""
     files = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        if _imports_library(node):
+            start = file.parents[node.level - 1] if node.level else Path(__file__).parents[2]
+            folder = start.joinpath(*(node.module or "").split("."))
             candidates = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
             files += [candidate for candidate in candidates if candidate.is_file()]
     return files
@@ -65,7 +71,7 @@ def _content(text: str, tree: ast.Module) -> str:
         has_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
             node
         )
-        names_modules = (isinstance(node, ast.ImportFrom) and node.level) or (
+        names_modules = _imports_library(node) or (
             isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         )
         for found in ([body[0]] if has_docstring else []) + ([node] if names_modules else []):
