@@ -47,7 +47,7 @@ CODE_ROOTS = ("training.trainer", "training.evaluation")
 
 
 def _imports_library(node: ast.AST) -> bool:
-    """Whether a statement imports from the library; imports of several lines are exported as absolute ones."""
+    """Whether a statement imports from the library; imports of several lines are exported as absolute."""
     return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.split(".")[0] == "facevae")
 
 
