@@ -14,53 +14,20 @@ from facevae.core import FaceVAEError
 from facevae.training.launch import launch
 from facevae.training.trainer import train
 
-SETTINGS = [
-    "steps=20",
-    "size=36",
-    "width=0.125",
-    "latent_dim=8",
-    "batch_size=16",
-    "log_every=1",
-    "validate_every=10",
-    "checkpoint_every=5",
-    "precision=fp32",
-]
+SETTINGS = ["steps=20", "size=36", "width=0.125", "latent_dim=8", "batch_size=16", "precision=fp32"]
+SETTINGS += ["log_every=1", "validate_every=10", "checkpoint_every=5"]
 
 
 def accelerate_launch(store, out, *settings, hypothesis="H9"):
-    """Run facevae.training.launch in two processes on the processor, as a user would from a shell."""
-    arguments = [
-        str(Path(sys.executable).parent / "accelerate"),
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "facevae.training.launch",
-        "--hypothesis",
-        hypothesis,
-        "--preset",
-        "paper",
-        "--data",
-        store,
-        "--out",
-        out,
-    ]
+    """Run facevae.launch in two processes on the processor, as a user would from a shell."""
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    options += " --mixed_precision no --dynamo_backend no -m facevae.launch"
+    arguments = [Path(sys.executable).parent / "accelerate", "launch", *options.split()]
+    arguments += ["--hypothesis", hypothesis, "--preset", "paper", "--data", store, "--out", out]
     for setting in [*SETTINGS, *settings]:
         arguments += ["--set", setting]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
+    variables = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | variables
     return subprocess.run(
         list(map(str, arguments)), text=True, capture_output=True, env=environment, timeout=300
     )
@@ -93,18 +60,14 @@ def test_losses_of_two_processes_are_those_of_one(store, one_process, tmp_path):
     assert (status["state"], status["processes"]) == ("done", 2)
     assert len(pd.read_parquet(tmp_path / "run" / "metrics.parquet")) > 0
     # The same directory goes on in one process: how many shared the work is no part of what a run is.
-    train(
-        make_config("H9", "paper", overrides=parse_settings(SETTINGS)),
-        store,
-        tmp_path / "run",
-        progress=False,
-    )
+    config = make_config("H9", "paper", overrides=parse_settings(SETTINGS))
+    train(config, store, tmp_path / "run", progress=False)
 
 
 def test_an_error_reaches_the_user_once(store, tmp_path):
     done = accelerate_launch(store, tmp_path / "run", "batch_size=15")
     assert done.returncode != 0
-    assert done.stderr.count("facevae: A batch of 15 pictures cannot be shared evenly by 2 processes") == 1
+    assert done.stderr.count("facevae: A batch of 15 images cannot be shared evenly by 2 processes") == 1
 
 
 def test_a_notebook_starts_processes_and_gets_their_error(store, tmp_path):
@@ -112,9 +75,5 @@ def test_a_notebook_starts_processes_and_gets_their_error(store, tmp_path):
     model = launch(make_config("H2", "paper", overrides=overrides), store, tmp_path / "run", progress=False)
     assert (model / "model.safetensors").is_file() and list(losses(tmp_path / "run", "train")) == [1, 2, 3, 4]
     with pytest.raises(FaceVAEError, match="cannot be shared evenly by 2"):
-        launch(
-            make_config("H2", "paper", overrides=overrides | {"batch_size": 15}),
-            store,
-            tmp_path / "other",
-            progress=False,
-        )
+        config = make_config("H2", "paper", overrides=overrides | {"batch_size": 15})
+        launch(config, store, tmp_path / "other", progress=False)
