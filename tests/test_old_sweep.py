@@ -38,7 +38,7 @@ def contents(folder):
 
 
 def test_the_store_is_whole(old):
-    assert "40 faces of 36 pixels" in facevae("verify", "store", cwd=old).stdout
+    assert "40 faces of 36 x 36 pixels" in facevae("verify", "store", cwd=old).stdout
 
 
 def test_status_and_report_read_the_sweep(old):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..core import PASSIVE_THREADS_ENV, FaceVAEError
-from ..data.store import read_manifest
+from ..data.store import FaceStore
 from .runner import RunResult, execute_run
 from ..system import cpu_count, machine_id
 from ..training.run import code_digest
@@ -167,7 +167,7 @@ def worker_requirements(store: str | Path, out: str | Path) -> Iterator[dict[str
     try:
         yield {
             "store": str(Path(store).absolute()),
-            "sha256": dict(read_manifest(store).sha256),
+            "fingerprint": FaceStore(store).fingerprint,
             "out": str(out),
             "token": token,
             "version": __version__,
@@ -194,14 +194,13 @@ def _code_problem(requirements: dict[str, Any]) -> str | None:
 
 
 def _store_problem(requirements: dict[str, Any]) -> str | None:
-    store = Path(requirements["store"])
+    store = requirements["store"]
     try:
-        if dict(read_manifest(store).sha256) != requirements["sha256"]:
+        if FaceStore(store).fingerprint != requirements["fingerprint"]:
             return f"sees another store at '{store}'"
-    except FaceVAEError:
-        return f"does not see the store '{store}'"
-    missing = [name for name in requirements["sha256"] if not (store / name).is_file()]
-    return f"sees no '{store / missing[0]}'" if missing else None
+    except FaceVAEError as error:
+        return f"does not see the store '{store}' ({error})"
+    return None
 
 
 def _out_problem(requirements: dict[str, Any]) -> str | None:

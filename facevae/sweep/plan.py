@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
 from ..core import FaceVAEError, choices_hint, write_text
 from ..data.store import FaceStore
 from ..safe_io import name_problem, read_object
-from .runner import RunResult, execute_run, start_notebook, wait_for_notebook
+from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
 from facevae.training.run import (
     RunDirectory,
     config_differences,
@@ -167,7 +167,8 @@ class RunSpec:
         accept_code: bool = False,
     ) -> RunResult:
         """Run the train notebook for this run, here and now; how it ended also stands in the run's status."""
-        return execute_run(**self.job(accept_code), environment=environment, poll=poll)
+        result = execute_run(**self.job(accept_code), environment=environment, poll=poll)
+        return replace(result, error=f"{result.error} {RESUMES}") if result.state == "died" else result
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0012
 def select_runs(specs: list[RunSpec], only: str) -> list[RunSpec]:
