@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_KEY', 'visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'LocalWorkerPool',
-           'existing_cluster', 'worker_requirements', 'check_worker', 'first_gpu', 'execute_job', 'ClusterWorkerPool']
+           'existing_cluster', 'check_worker', 'first_gpu', 'execute_job', 'ClusterWorkerPool']
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0002
 import contextlib
@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -158,27 +159,11 @@ def existing_cluster(
         yield client
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0016
-@contextlib.contextmanager
-def worker_requirements(store: str | Path, out: str | Path) -> Iterator[dict[str, Any]]:
-    """What `check_worker` is to compare; puts a file into `out` that it must find."""
-    out, token = Path(out).absolute(), uuid.uuid4().hex
-    marker = out / f".shared-{token}"
-    marker.write_text(token)
-    try:
-        yield {
-            "store": str(Path(store).absolute()),
-            "fingerprint": FaceStore(store).fingerprint,
-            "out": str(out),
-            "token": token,
-            "version": __version__,
-            "code": code_digest(),
-        }
-    finally:
-        marker.unlink(missing_ok=True)
-
-
 def check_worker(requirements: dict[str, Any]) -> dict[str, Any]:
-    """Executed by a worker: where it is, and its problem with the work, or None."""
+    """Executed by a worker: where it is, and its problem with the work, or None.
+
+    requirements: of a ClusterWorkerPool.
+    """
     return {
         "host": socket.gethostname(),
         "gpu": (machine_id(), first_gpu()),
@@ -196,27 +181,21 @@ def _code_problem(requirements: dict[str, Any]) -> str | None:
 def _store_problem(requirements: dict[str, Any]) -> str | None:
     store = requirements["store"]
     try:
-        if FaceStore(store).fingerprint != requirements["fingerprint"]:
-            return f"sees another store at '{store}'"
+        same = FaceStore(store).fingerprint == requirements["fingerprint"]
+        return None if same else f"sees another store at '{store}'"
     except FaceVAEError as error:
         return f"does not see the store '{store}' ({error})"
-    return None
 
 
 def _out_problem(requirements: dict[str, Any]) -> str | None:
-    out = Path(requirements["out"])
+    marker = Path(requirements["marker"])
+    if not os.path.exists(marker):
+        return f"does not see the output directory '{marker.parent}', or another one under this name"
     try:
-        if (out / f".shared-{requirements['token']}").read_text() != requirements["token"]:
-            raise FileNotFoundError
-    except OSError:
-        return f"does not see the output directory '{out}', or another one under this name"
-    try:
-        probe = out / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=marker.parent):
+            return None
     except OSError as error:
-        return f"cannot write to the output directory '{out}' ({error.strerror})"
-    return None
+        return f"cannot write to the output directory '{marker.parent}' ({error.strerror})"
 
 
 def first_gpu() -> str | None:
@@ -231,7 +210,7 @@ def first_gpu() -> str | None:
     answer = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return answer if answer.startswith("GPU-") else None
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0020
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0018
 RUN_KEY = "facevae-run-"  # how Dask's keys of the runs begin, whichever sweep they are of
 _ONE_RUN = threading.Lock()
 
@@ -257,21 +236,26 @@ class ClusterWorkerPool:
     """Workers of a Dask cluster.
 
     client: of the cluster.
-    requirements: from `worker_requirements`; a worker that does not meet them gets no run.
+    store, out: what every worker must see; one that does not gets no run.
     present, free: addresses of all workers of the cluster, and of those that can be given a run.
     rejected: why workers that came since the last look get none.
     """
 
-    def __init__(self, client: "distributed.Client", requirements: dict[str, Any]):
-        self.client, self.requirements = client, requirements
+    def __init__(self, client: "distributed.Client", store: str | Path, out: str | Path):
+        self.client, out, token = client, Path(out).absolute(), uuid.uuid4().hex
         self.present, self.free, self.rejected = [], [], []
-        self._accepted: dict[
-            str, dict[str, Any] | None
-        ] = {}  # address: from check_worker, None when rejected
-        self._stop_file = Path(requirements["out"]) / f".stop-{uuid.uuid4().hex}"
+        self.requirements = {
+            "store": str(Path(store).absolute()),
+            "fingerprint": FaceStore(store).fingerprint,
+            "marker": str(out / f".shared-{token}"),
+            "version": __version__,
+            "code": code_digest(),
+        }
+        self._stop_file = out / f".stop-{token}"
+        self._checked: dict[str, dict[str, Any]] = {}  # by address: from check_worker, empty when rejected
 
     def __str__(self) -> str:
-        count = sum(worker is not None for worker in self._accepted.values())
+        count = sum(map(bool, self._checked.values()))
         where = f"{count} worker{'s' * (count != 1)} at {self.client.scheduler.address}"
         return f"{where}. Dashboard: {self.client.dashboard_link}"
 
@@ -280,11 +264,9 @@ class ClusterWorkerPool:
 
         Raises FaceVAEError when the scheduler is gone.
         """
-        from distributed.comm import CommClosedError
-
         try:
             tasks = self.client.processing()
-            new = [address for address in tasks if address not in self._accepted]
+            new = [address for address in tasks if address not in self._checked]
             answers = {}
             if new:
                 answers = self.client.run(check_worker, self.requirements, workers=new, on_error="return")
@@ -293,34 +275,39 @@ class ClusterWorkerPool:
                 f"The Dask scheduler does not answer any more ({error or type(error).__name__}). Start the "
                 "cluster again and give the same command: it goes on where it stopped."
             ) from error
-        self._accepted = {address: was for address, was in self._accepted.items() if address in tasks}
+        self._checked = {address: self._checked[address] for address in tasks if address in self._checked}
         self.rejected = []
         for address, answer in answers.items():
-            if isinstance(answer, CommClosedError):
-                continue  # it went away while it was checked
-            reason = self._reject_reason(address, answer)
-            self._accepted[address] = None if reason else answer
-            self.rejected += [reason] * bool(reason)
+            self._take_answer(address, answer)
         self.present = list(tasks)
         self.free = [
             address
-            for address in tasks
-            if self._accepted.get(address) and not any(str(key).startswith(RUN_KEY) for key in tasks[address])
+            for address, keys in tasks.items()
+            if self._checked.get(address) and not any(str(key).startswith(RUN_KEY) for key in keys)
         ]
 
-    def _reject_reason(self, address: str, answer: dict[str, Any] | Exception) -> str:
+    def _take_answer(self, address: str, answer: dict[str, Any] | Exception) -> None:
+        """Accept or reject a worker. answer: from `check_worker`, or why there is none."""
+        if isinstance(answer, OSError):  # it went away meanwhile; if not, it is asked again
+            return
         if isinstance(answer, Exception):
-            return f"The worker at {address} cannot run facevae ({answer})."
-        name = f"The worker at {address} on {answer['host']}"
-        if answer["problem"]:
-            return f"{name} {answer['problem']}."
-        for other, accepted in self._accepted.items():
-            if accepted and accepted["gpu"] == answer["gpu"] and answer["gpu"][1]:
-                return (
-                    f"{name} is not used: it has the same GPU as the worker at {other}. "
-                    "Give each its own CUDA_VISIBLE_DEVICES."
-                )
-        return ""
+            reason = f"The worker at {address} cannot run facevae ({answer})."
+        elif answer["problem"]:
+            reason = f"The worker at {address} on {answer['host']} {answer['problem']}."
+        elif other := self._same_gpu(answer):
+            reason = (
+                f"The worker at {address} on {answer['host']} is not used: it has the same GPU as the worker "
+                f"at {other}. Give each its own CUDA_VISIBLE_DEVICES."
+            )
+        else:
+            self._checked[address] = answer
+            return
+        self._checked[address] = {}
+        self.rejected.append(reason)
+
+    def _same_gpu(self, answer: dict[str, Any]) -> str | None:
+        gpus = {checked["gpu"]: address for address, checked in self._checked.items() if checked}
+        return gpus.get(answer["gpu"]) if answer["gpu"][1] else None
 
     def wait_until_ready(self, show: Callable[[str], None] = print) -> None:
         """Wait until a worker can be given a run.
@@ -329,7 +316,7 @@ class ClusterWorkerPool:
         Raises FaceVAEError when one that is there cannot do the work.
         """
         begun, waiting = time.monotonic(), False
-        while not any(self._accepted.values()):
+        while not any(self._checked.values()):
             self.refresh()
             if problems := [reason for reason in self.rejected if "is not used" not in reason]:
                 raise FaceVAEError(
@@ -361,7 +348,9 @@ class ClusterWorkerPool:
             self._stop_file.touch()
 
     def __enter__(self) -> "ClusterWorkerPool":
+        Path(self.requirements["marker"]).touch()
         return self
 
     def __exit__(self, *_) -> None:
-        self._stop_file.unlink(missing_ok=True)
+        for file in (self._stop_file, Path(self.requirements["marker"])):
+            file.unlink(missing_ok=True)

@@ -19,7 +19,6 @@ from facevae.sweep.cluster import (
     LocalWorkerPool,
     default_workers,
     existing_cluster,
-    worker_requirements,
 )
 from .plan import RunSpec
 from .runner import RunResult
@@ -211,9 +210,8 @@ def run_sweep(
             parts = workers or default_workers()
             pool = stack.enter_context(LocalWorkerPool(min(parts, len(todo)), parts))
         else:
-            requirements = stack.enter_context(worker_requirements(data, out))
             client = stack.enter_context(existing_cluster(scheduler, scheduler_file))
-            pool = stack.enter_context(ClusterWorkerPool(client, requirements))
+            pool = stack.enter_context(ClusterWorkerPool(client, data, out))
             pool.wait_until_ready(bar.write)
         bar.write(str(pool))
         queue = Scheduler(todo, pool, bar, workers, accept_code)
