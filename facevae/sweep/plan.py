@@ -28,7 +28,6 @@ from facevae.training.run import (
     RunDirectory,
     config_differences,
     config_fields,
-    read_json,
     read_state,
     write_pending,
 )
@@ -267,9 +266,6 @@ def run_report(sweep: str | Path) -> Path:
     Raises FaceVAEError when there is no sweep, or the notebook fails.
     """
     sweep = Path(sweep)
-    if not read_json(sweep / "sweep.json"):
-        raise FaceVAEError(
-            f"'{sweep}' is not a sweep: it has no sweep.json. Give the --out of facevae ablate."
-        )
+    read_sweep(sweep)
     wait_for_notebook(start_notebook("figures", sweep / "figures.ipynb", {"sweep": str(sweep)}))
     return sweep / "report.html"

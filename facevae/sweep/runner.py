@@ -148,13 +148,11 @@ def start_notebook(
     )
 
 
-def wait_for_notebook(
-    process: subprocess.Popen, poll: Callable[[], None] = lambda: None, interval: float = 0.5
-) -> None:
+def wait_for_notebook(process: subprocess.Popen, poll: Callable[[], None] = lambda: None) -> None:
     """Wait until a notebook has been executed. The process is stopped when waiting is interrupted.
 
     process: from `start_notebook`.
-    poll: called every `interval` seconds; what it raises interrupts.
+    poll: called twice a second; what it raises interrupts.
     Raises NotebookError when the notebook did not end well.
     """
     lines: list[str] = []
@@ -164,7 +162,7 @@ def wait_for_notebook(
         while process.poll() is None:
             poll()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(interval)
+                process.wait(0.5)
         poll()
     finally:
         stop_notebook(process)
