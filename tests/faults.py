@@ -1,4 +1,7 @@
-"""Faults as they happen, for tests that inject them: processes to kill, runs to watch, and whether two runs ended alike."""
+"""Faults as they happen, for tests that inject them.
+
+Processes to kill, runs to watch, and whether two runs ended alike.
+"""
 
 import json
 import os
@@ -21,10 +24,13 @@ from facevae.config import parse_settings
 from facevae.core import FaceVAEError
 from facevae.sweep.plan import plan_sweep
 from facevae.sweep.scheduler import run_sweep
-store, out, hypotheses, settings, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), json.loads(sys.argv[5])
-specs = plan_sweep(store, out, hypotheses, overrides=parse_settings(settings))
-try: print("FAILED", run_sweep(specs, store, progress=False, **options))
-except FaceVAEError as error: sys.exit(f"facevae: {error}")
+store, out, hypotheses = sys.argv[1:4]
+settings, options = map(json.loads, sys.argv[4:])
+runs = plan_sweep(store, out, hypotheses, overrides=parse_settings(settings))
+try:
+    print("FAILED", run_sweep(runs, store, progress=False, **options))
+except FaceVAEError as error:
+    sys.exit(f"facevae: {error}")
 """
 
 
@@ -71,26 +77,28 @@ def state_of(run: Path) -> str:
     return read(run / "status.json").get("state", "none")
 
 
-def claims_of(run: Path) -> list[dict]:
-    """Every claim ever made on a run: one for each time that it was executed."""
+def locks_of(run: Path) -> list[dict]:
+    """Every lock ever acquired on a run: one for each time that it was executed."""
     return [read(path) for path in sorted((run / "claims").glob("*.json"))]
 
 
 def wait_until(condition, what: str, timeout: float = 240, process: subprocess.Popen | None = None):
     """Wait until a condition holds; returns what it gave."""
     until = time.monotonic() + timeout
-    while not (found := condition()):
-        assert process is None or process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert process is None or process.poll() is None, f"ended before {what}: {process.communicate()}"
         assert time.monotonic() < until, f"waited in vain for {what}"
         time.sleep(0.01)
-    return found
 
 
 def kernel_of(run: Path) -> int | None:
     """The process that trains a run, when there is one that is alive."""
-    claims = claims_of(run)
-    kernel = (claims[-1].get("kernel") or {}) if claims and not claims[-1].get("ended") else {}
-    return kernel["pid"] if kernel and psutil.pid_exists(kernel["pid"]) else None
+    newest = (locks_of(run) or [{}])[-1]
+    kernel = newest.get("kernel")
+    return kernel["pid"] if kernel and not newest.get("ended") and psutil.pid_exists(kernel["pid"]) else None
 
 
 def tree(pid: int) -> list[psutil.Process]:

@@ -1,4 +1,7 @@
-"""Whatever dies, freezes or breaks while a sweep runs, it completes, and its results are those of an undisturbed one, bit for bit."""
+"""Whatever dies, freezes or breaks while a sweep runs, it completes.
+
+Its results are those of an undisturbed one, bit for bit.
+"""
 
 import os
 import random
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,11 +21,11 @@ from faults import (
     COMMAND,
     SETTINGS,
     all_gone,
-    claims_of,
     differences,
     finished,
     kernel_of,
     kill,
+    locks_of,
     read,
     run_of,
     state_of,
@@ -65,6 +69,12 @@ def middle(out, hypothesis="H5", low=6):
     return kernel_of(run) if state_of(run) == "running" and low <= step_of(run) < 36 else None
 
 
+def any_trains(out, low):
+    """Whether some run has got to a step and is alive."""
+    runs = [run_of(out, name) for name in HYPOTHESES]
+    return any(step_of(run) >= low and kernel_of(run) for run in runs)
+
+
 def parent_of(kernel: int) -> int:
     """The process that executes the notebook of a kernel, below the command."""
     parent = psutil.Process(kernel).parent()
@@ -73,29 +83,25 @@ def parent_of(kernel: int) -> int:
 
 
 def test_kernels_killed_at_random_steps(store, tmp_path, same):
-    out, chance, killed = tmp_path / "sweep", random.Random(0), []
+    out, generator, killed = tmp_path / "sweep", random.Random(0), []
     process = sweep_process(store, out, ",".join(HYPOTHESES))
-    wanted = [(name, moment) for name in HYPOTHESES for moment in sorted(chance.sample(range(1, 37), 5))]
+    planned = [(name, moment) for name in HYPOTHESES for moment in sorted(generator.sample(range(1, 37), 5))]
 
     def killer():
-        while wanted and process.poll() is None:
-            for name, moment in wanted:
-                if (
-                    step_of(run_of(out, name)) >= moment
-                    and (pid := kernel_of(run_of(out, name)))
-                    and pid not in killed
-                ):
-                    if kill(pid):
-                        killed.append(pid)
-                        wanted.remove((name, moment))
-                        break
+        while planned and process.poll() is None:
+            for name, moment in planned:
+                pid = kernel_of(run_of(out, name))
+                if pid and pid not in killed and step_of(run_of(out, name)) >= moment and kill(pid):
+                    killed.append(pid)
+                    planned.remove((name, moment))
+                    break
             time.sleep(0.003)
 
     threading.Thread(target=killer, daemon=True).start()
     output = finished(process)
     assert len(killed) >= 10, f"only {len(killed)} kernels could be killed in time"
     assert "FAILED []" in output and output.count("It is begun again from step") == len(killed)
-    assert sum(len(claims_of(run_of(out, name))) for name in HYPOTHESES) == len(HYPOTHESES) + len(killed)
+    assert sum(len(locks_of(run_of(out, name))) for name in HYPOTHESES) == len(HYPOTHESES) + len(killed)
     same(out, faults=len(killed))
 
 
@@ -123,13 +129,7 @@ def test_the_whole_command_is_killed(store, tmp_path, same):
     faults = 0
     for moment in (3, 30):
         process = sweep_process(store, out, ",".join(HYPOTHESES))
-        wait_until(
-            lambda: any(
-                step_of(run_of(out, name)) >= moment and kernel_of(run_of(out, name)) for name in HYPOTHESES
-            ),
-            "training",
-            process=process,
-        )
+        wait_until(partial(any_trains, out, moment), "training", process=process)
         family = tree(process.pid)
         process.kill()
         process.wait()
@@ -146,7 +146,10 @@ def test_the_whole_command_is_killed(store, tmp_path, same):
 
 
 def test_processes_freeze(store, tmp_path, same):
-    """Nothing dies, nothing answers: of one run process and kernel, of another the kernel alone. A stale heartbeat is enough."""
+    """Nothing dies, nothing answers: of one run process and kernel, of another the kernel alone.
+
+    A stale heartbeat is enough.
+    """
     out = tmp_path / "sweep"
     process = sweep_process(store, out, ",".join(HYPOTHESES), environment=FAST_BEATS)
     frozen, left = [], set(HYPOTHESES)
@@ -166,7 +169,7 @@ def test_processes_freeze(store, tmp_path, same):
     assert "has not given a heartbeat for" in output and output.count("It is begun again from step") == 2, (
         output
     )
-    assert [len(claims_of(run_of(out, name))) for name in HYPOTHESES] == [2, 2]
+    assert [len(locks_of(run_of(out, name))) for name in HYPOTHESES] == [2, 2]
     same(out, faults=2)
 
 
@@ -174,7 +177,7 @@ def test_two_commands_on_one_sweep(store, tmp_path, same, tally):
     out = tmp_path / "sweep"
     both = [sweep_process(store, out, ",".join(HYPOTHESES)) for _ in range(2)]
     outputs = [finished(process) for process in both]
-    executions = {name: len(claims_of(run_of(out, name))) for name in HYPOTHESES}
+    executions = {name: len(locks_of(run_of(out, name))) for name in HYPOTHESES}
     assert executions == dict.fromkeys(HYPOTHESES, 1), f"a run was executed twice: {executions}"
     assert all(output.count(": done") == len(HYPOTHESES) for output in outputs), outputs
     assert sum(output.count("by another command") for output in outputs) == len(HYPOTHESES)
@@ -198,11 +201,11 @@ def test_one_hypothesis_is_not_finite_and_one_notebook_raises(store, undisturbed
     assert "1 done" in shown and "2 failed" in shown and raised["error"] in shown
 
     again = finished(sweep_process(store, out, "H3,H5,H9", settings))
-    assert "H9 seed 0: failed before and is left alone" in again and len(claims_of(run_of(out, "H9"))) == 1
+    assert "H9 seed 0: failed before and is left alone" in again and len(locks_of(run_of(out, "H9"))) == 1
     (run_of(out, "H9") / "metrics.parquet").rmdir()
     retried = finished(sweep_process(store, out, "H3,H5,H9", settings, retry_failed=True))
     assert "FAILED ['H3 seed 0']" in retried and [
-        len(claims_of(run_of(out, name))) for name in ("H3", "H5", "H9")
+        len(locks_of(run_of(out, name))) for name in ("H3", "H5", "H9")
     ] == [2, 1, 2]
     found = [
         line for name in HYPOTHESES for line in differences(run_of(out, name), run_of(undisturbed, name))
@@ -229,22 +232,14 @@ def listening(processes: list[psutil.Process]) -> list[str]:
 
 
 def test_interrupted_by_ctrl_c(store, tmp_path, same):
-    """A terminal sends Ctrl-C to every process of the group; and until then nothing listened to other machines."""
+    """A terminal sends Ctrl-C to every process of the group.
+
+    Until then nothing listened to other machines.
+    """
     out = tmp_path / "sweep"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    arguments = [
-        COMMAND,
-        "ablate",
-        "--data",
-        store,
-        "--out",
-        out,
-        "--hypotheses",
-        ",".join(HYPOTHESES),
-        "--workers",
-        "2",
-        *settings,
-    ]
+    arguments = [COMMAND, "ablate", "--data", store, "--out", out, "--hypotheses", ",".join(HYPOTHESES)]
+    arguments += ["--workers", "2", *settings]
     process = subprocess.Popen(
         list(map(str, arguments)),
         stdout=subprocess.PIPE,
@@ -281,47 +276,16 @@ def cluster(tmp_path):
     file, processes = tmp_path / "scheduler.json", []
     dask = [sys.executable, "-m", "dask"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    processes.append(
-        subprocess.Popen(
-            [
-                *dask,
-                "scheduler",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--dashboard-address",
-                "127.0.0.1:0",
-                "--scheduler-file",
-                str(file),
-            ],
-            **quiet,
-        )
-    )
+    addresses = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    scheduler = [*dask, "scheduler", *addresses, "--scheduler-file", str(file)]
+    processes.append(subprocess.Popen(scheduler, **quiet))
 
     def worker(environment=None, threads=1):
         wait_until(lambda: read(file), "the scheduler")
-        processes.append(
-            subprocess.Popen(
-                [
-                    *dask,
-                    "worker",
-                    "--scheduler-file",
-                    str(file),
-                    "--nthreads",
-                    str(threads),
-                    "--host",
-                    "127.0.0.1",
-                    "--memory-limit",
-                    "0",
-                    "--local-directory",
-                    str(tmp_path / "dask"),
-                ],
-                env=os.environ | (environment or {}),
-                cwd=tmp_path,
-                **quiet,
-            )
-        )
+        options = ["--nthreads", str(threads), "--host", "127.0.0.1", "--memory-limit", "0"]
+        options += ["--scheduler-file", str(file), "--local-directory", str(tmp_path / "dask")]
+        variables = os.environ | (environment or {})
+        processes.append(subprocess.Popen([*dask, "worker", *options], env=variables, cwd=tmp_path, **quiet))
         return processes[-1]
 
     worker.file = str(file)
@@ -333,7 +297,10 @@ def cluster(tmp_path):
 
 
 def test_a_cluster_loses_a_machine_and_gets_another(store, tmp_path, same, cluster):
-    """Worker and nanny are killed together, as when a machine goes; the only other one has several threads and still runs one at a time."""
+    """Worker and nanny are killed together, as when a machine goes.
+
+    The only other one has several threads and still runs one at a time.
+    """
     out = tmp_path / "sweep"
     first = cluster(threads=1)
     process = sweep_process(store, out, ",".join(HYPOTHESES), scheduler_file=cluster.file, workers=None)
@@ -376,5 +343,5 @@ def test_a_worker_that_cannot_do_the_work_is_named(store, tmp_path, cluster, tal
     assert (
         process.returncode == 1 and "has other code of facevae" in output and "Nothing was started" in output
     ), output
-    assert "127.0.0.1" in output and "Traceback" not in output and not claims_of(run_of(out, "H5"))
+    assert "127.0.0.1" in output and "Traceback" not in output and not locks_of(run_of(out, "H5"))
     tally(faults=1)

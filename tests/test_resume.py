@@ -1,4 +1,7 @@
-"""One run that is killed, frozen, damaged or out of disk: it ends with the weights of one that was never disturbed."""
+"""One run that is killed, frozen, damaged or out of disk.
+
+It ends with the weights of one that was never disturbed.
+"""
 
 import contextlib
 import json
@@ -8,16 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import TINY, facevae
-from faults import all_gone, claims_of, differences, kill, read, state_of, step_of, wait_until
+from faults import all_gone, differences, kill, locks_of, read, state_of, step_of, wait_until
 
 SCRIPT = """
 import sys
-from facevae.hypotheses import make_config, parse_settings
+from facevae.config import make_config, parse_settings
 from facevae.training import train
 train(make_config("H9", overrides=parse_settings(sys.argv[3:])), sys.argv[1], sys.argv[2], progress=False)
 """
@@ -58,19 +62,26 @@ def same(undisturbed, tally):
     return check
 
 
+def has_got_to(out, step: int) -> bool:
+    return step_of(out) >= step
+
+
 def newest(out) -> Path:
     return max((out / "checkpoint").glob("step-*.safetensors"))
 
 
 def test_damaged_checkpoints_are_passed_over(store, tmp_path, same):
-    """First the newest is cut off, then a single bit of the newest is turned: the one before it is used, and it says so."""
+    """First the newest is cut off, then a single bit of the newest is turned.
+
+    The one before it is used, and it says so.
+    """
     out = tmp_path / "run"
     for least, damage in (
         (14, lambda data: data[:-7]),
         (34, lambda data: data[:9000] + bytes([data[9000] ^ 4]) + data[9001:]),
     ):
         process = training(store, out)
-        wait_until(lambda: step_of(out) >= least, f"step {least}", process=process)
+        wait_until(partial(has_got_to, out, least), f"step {least}", process=process)
         process.kill()
         errors = process.communicate()[1]
         path = newest(out)
@@ -133,7 +144,10 @@ def test_full_disk_leaves_the_old_checkpoint_whole(store, tmp_path, same):
 
 
 def sleeps(store, out, moment: int) -> int:
-    """A process is frozen, as on another machine, and its run taken over and completed; returns how many files it wrote when it woke."""
+    """A process is frozen, as on another machine, and its run taken over and completed.
+
+    Returns how many files it wrote when it woke.
+    """
     fast = {"FACEVAE_HEARTBEAT": "0.3"}
     sleeper = training(store, out, **fast)
     wait_until(lambda: step_of(out) >= moment, f"step {moment}", process=sleeper)
@@ -149,13 +163,16 @@ def sleeps(store, out, moment: int) -> int:
     kill(sleeper.pid, signal.SIGCONT)
     _, errors = sleeper.communicate(timeout=200)
     assert sleeper.returncode != 0 and "was taken over by another process" in errors, errors
-    assert len(claims_of(out)) == 2
+    assert len(locks_of(out)) == 2
     after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     return sum(after.get(path) != before.get(path) for path in after.keys() | before.keys())
 
 
 def test_a_sleeper_of_another_machine_writes_nothing_when_it_wakes(store, tmp_path, same):
-    """Locks and process numbers do not reach other machines: there only the claim's number keeps the first process out."""
+    """The system's locks and process numbers do not reach other machines.
+
+    There only the number of the run's lock keeps the first process out.
+    """
     assert sleeps(store, tmp_path / "run", 8) == 0
     same(tmp_path / "run")
 
@@ -231,22 +248,14 @@ def test_a_run_of_other_code_is_refused_by_name_until_it_is_accepted(store, tmp_
     """As after an upgrade: the same settings, but the library that began the run had other source."""
     out, mine = tmp_path / "run", Path(__file__).parent.parent / "facevae"
     shutil.copytree(mine, tmp_path / "old" / "facevae")
-    with open(tmp_path / "old" / "facevae" / "losses.py", "a") as file:
+    with open(tmp_path / "old" / "facevae" / "model" / "losses.py", "a") as file:
         file.write("\nCHANGED = True\n")
     process = training(store, out, cwd=tmp_path / "old", PYTHONPATH=str(tmp_path / "old"))
     wait_until(lambda: step_of(out) >= 10, "step 10", process=process)
     process.kill()
     process.wait()
-    arguments = [
-        "train",
-        "--hypothesis",
-        "H9",
-        "--data",
-        store,
-        "--out",
-        out,
-        *(part for setting in SETTINGS for part in ("--set", setting)),
-    ]
+    arguments = ["train", "--hypothesis", "H9", "--data", store, "--out", out]
+    arguments += [part for setting in SETTINGS for part in ("--set", setting)]
     done = facevae(*arguments, check=False)
     assert (
         done.returncode == 1
