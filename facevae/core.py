@@ -78,12 +78,14 @@ def check_guards(path: str | Path) -> None:
             check()
 
 
+_UMASK = os.umask(0)  # asked once: asking changes it for a moment, in which other threads may make files
+os.umask(_UMASK)
+
+
 def _publish(partial: Path, path: Path, mode: int) -> None:
     """Rename a temporary file or directory, with the permissions that a plain open() or mkdir() gives."""
     check_guards(path)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(mode & ~umask)
+    partial.chmod(mode & ~_UMASK)
     os.replace(partial, path)
 
 

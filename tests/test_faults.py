@@ -75,6 +75,13 @@ def any_trains(out, low):
     return any(step_of(run) >= low and kernel_of(run) for run in runs)
 
 
+def parent_of(kernel: int) -> int:
+    """The process that executes the notebook of a kernel, below the command."""
+    parent = psutil.Process(kernel).parent()
+    assert "facevae.sweep.runner" in " ".join(parent.cmdline()), parent
+    return parent.pid
+
+
 def test_kernels_killed_at_random_steps(store, tmp_path, same):
     out, generator, killed = tmp_path / "sweep", random.Random(0), []
     process = sweep_process(store, out, ",".join(HYPOTHESES))
@@ -98,24 +105,23 @@ def test_kernels_killed_at_random_steps(store, tmp_path, same):
     same(out, faults=len(killed))
 
 
-def test_a_worker_is_killed(store, tmp_path, same):
+def test_a_process_is_killed(store, tmp_path, same):
+    """Not the kernel but its parent, which executes the notebook."""
     out = tmp_path / "sweep"
     process = sweep_process(store, out, ",".join(HYPOTHESES))
-    victims, kernels = [], []
-    while len(victims) < 2:
+    kernels, left = [], set(HYPOTHESES)
+    while left:
         name = wait_until(
-            lambda: next((name for name in HYPOTHESES if middle(out, name)), None),
-            "a run trains",
-            process=process,
+            lambda: next((name for name in left if middle(out, name)), None), "a run trains", process=process
         )
-        worker, kernel = locks_of(run_of(out, name))[-1]["process"]["pid"], kernel_of(run_of(out, name))
-        if kernel and worker not in victims and kill(worker):
-            victims.append(worker)
-            kernels.append(kernel)
+        kernels.append(kernel_of(run_of(out, name)))
+        kill(parent_of(kernels[-1]))
+        left.remove(name)
     output = finished(process)
-    assert output.count("Its worker is gone. It is begun again") == 2, output
-    assert not any(psutil.pid_exists(kernel) for kernel in kernels), "a kernel outlived its worker"
-    same(out, faults=len(victims))
+    assert output.count("The process that ran the notebook was ended by signal 9.") == 2, output
+    assert output.count("It is begun again from step") == 2, output
+    assert not any(psutil.pid_exists(kernel) for kernel in kernels), "a kernel outlived its parent"
+    same(out, faults=2)
 
 
 def test_the_whole_command_is_killed(store, tmp_path, same):
@@ -140,7 +146,7 @@ def test_the_whole_command_is_killed(store, tmp_path, same):
 
 
 def test_processes_freeze(store, tmp_path, same):
-    """Nothing dies, nothing answers: of one run worker and kernel, of another the kernel alone.
+    """Nothing dies, nothing answers: of one run process and kernel, of another the kernel alone.
 
     A stale heartbeat is enough.
     """
@@ -153,7 +159,7 @@ def test_processes_freeze(store, tmp_path, same):
         )
         frozen.append(kernel_of(run_of(out, name)))
         if name == "H5":
-            frozen.append(locks_of(run_of(out, name))[-1]["process"]["pid"])
+            frozen.append(parent_of(frozen[-1]))
         for pid in frozen:
             kill(pid, signal.SIGSTOP)
         left.remove(name)
@@ -208,10 +214,10 @@ def test_one_hypothesis_is_not_finite_and_one_notebook_raises(store, undisturbed
     assert not found
 
 
-def listening(pid: int) -> list[str]:
-    """Addresses on which a process tree listens."""
+def listening(processes: list[psutil.Process]) -> list[str]:
+    """Addresses on which processes listen."""
     found = []
-    for process in tree(pid):
+    for process in processes:
         for line in (
             Path(f"/proc/{process.pid}/net/tcp").read_text().splitlines()[1:]
             + Path(f"/proc/{process.pid}/net/tcp6").read_text().splitlines()[1:]
@@ -243,18 +249,16 @@ def test_interrupted_by_ctrl_c(store, tmp_path, same):
     )
     wait_until(lambda: middle(out, low=3), "H5 trains", process=process)
     family = tree(process.pid)
-    assert set(listening(process.pid)) == {"0100007F"}, "something listens on another address than 127.0.0.1"
+    assert not listening(family[:1]), "the command listens on a port"
+    # A kernel's debugger does, on this machine only.
+    assert set(listening(family)) <= {"0100007F"}, "something listens on another address than 127.0.0.1"
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=200)
     assert (
         process.returncode == 130
         and "facevae: interrupted. The same command goes on where it stopped." in errors
     )
-    assert (
-        "Traceback" not in output + errors
-        and "distributed" not in output + errors
-        and "Dashboard: http://127.0.0.1" in output
-    )
+    assert "Traceback" not in output + errors and "2 workers of this machine." in output
     assert not all_gone(family), "something outlived the command"
     assert (
         "interrupted"

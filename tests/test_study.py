@@ -1,4 +1,4 @@
-"""The study end to end: cells, failures, repetition, report; by the command and by papermill."""
+"""The study end to end: runs, failures, repetition, report; by the command and by papermill."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def sweep(store, tmp_path_factory):
     return out
 
 
-def test_every_cell_has_its_files(sweep):
+def test_every_run_has_its_files(sweep):
     for hypothesis in ("H5", "H6", "l1+l2+mask"):
         for seed in (0, 1):
             run = sweep / hypothesis / f"seed{seed}"
@@ -42,16 +42,12 @@ def test_every_cell_has_its_files(sweep):
                 assert (run / name).exists(), f"{run / name} is missing"
             assert json.loads((run / "status.json").read_text())["state"] == "done"
             config = json.loads((run / "config.json").read_text())
-            assert (config["hypothesis"], config["seed"], config["steps"], config["size"]) == (
-                hypothesis,
-                seed,
-                8,
-                36,
-            )
+            requested = {"hypothesis": hypothesis, "seed": seed, "steps": 8, "size": 36}
+            assert requested.items() <= config.items()
             assert config["mask"] == (hypothesis != "H5")
 
 
-def test_metrics_have_a_row_for_each_picture_and_view(sweep):
+def test_metrics_have_a_row_for_each_image_and_view(sweep):
     masked, plain = (pd.read_parquet(sweep / name / "seed0" / "metrics.parquet") for name in ("H6", "H5"))
     assert set(plain["view"]) == VIEWS and set(masked["view"]) == VIEWS | {"predicted"}
     assert (
@@ -87,26 +83,14 @@ def test_again_does_nothing_more_and_more_does_only_that(sweep, store):
     after = {path: path.stat().st_mtime_ns for path in sweep.glob("*/*/metrics.parquet")}
     assert {path: after[path] for path in before} == before
     assert [path.parts[-3] for path in after.keys() - before.keys()] == ["H7"]
-    asked = json.loads((sweep / "sweep.json").read_text())
-    assert [h["name"] for h in asked["hypotheses"]] == ["H5", "H6", "l1+l2+mask", "H7"] and asked[
-        "seeds"
-    ] == [0, 1]
+    saved = json.loads((sweep / "sweep.json").read_text())
+    assert [h["name"] for h in saved["hypotheses"]] == ["H5", "H6", "l1+l2+mask", "H7"]
+    assert saved["seeds"] == [0, 1]
 
 
 def test_other_settings_are_refused_by_name(sweep, store):
-    done = facevae(
-        "ablate",
-        "--data",
-        store,
-        "--out",
-        sweep,
-        "--hypotheses",
-        "H5",
-        *TINY,
-        "--set",
-        "steps=9",
-        check=False,
-    )
+    command = ["ablate", "--data", store, "--out", sweep, "--hypotheses", "H5", *TINY, "--set", "steps=9"]
+    done = facevae(*command, check=False)
     assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -125,58 +109,21 @@ def test_a_failed_run_is_marked_and_the_rest_goes_on(store, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_named(store, tmp_path):
-    done = facevae(
-        "train",
-        "--hypothesis",
-        "H7",
-        "--data",
-        store,
-        "--out",
-        tmp_path / "run",
-        *TINY,
-        "--set",
-        "learning_rate=1e30",
-        "--set",
-        "schedule=constant",
-        check=False,
-    )
-    assert (
-        done.returncode == 1
-        and "not finite at step" in done.stderr
-        and "'l2'" in done.stderr
-        or "'kl'" in done.stderr
-    )
+    command = ["train", "--hypothesis", "H7", "--data", store, "--out", tmp_path / "run", *TINY]
+    done = facevae(*command, "--set", "learning_rate=1e30", "--set", "schedule=constant", check=False)
+    assert done.returncode == 1 and "not finite at step" in done.stderr
+    assert "'l2'" in done.stderr or "'kl'" in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["error"]
 
 
 def papermill(tmp_path, store, *parameters):
     notebook = Path(__file__).parent.parent / "nbs" / "experiments" / "train.ipynb"
-    settings = " ".join(TINY[1::2])
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            str(notebook),
-            str(tmp_path / "out.ipynb"),
-            "-p",
-            "data",
-            str(store),
-            "-p",
-            "out",
-            str(tmp_path / "run"),
-            "-p",
-            "preset",
-            "quick",
-            "-p",
-            "settings",
-            settings,
-            *parameters,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    known = {"data": store, "out": tmp_path / "run", "preset": "quick", "settings": " ".join(TINY[1::2])}
+    command = [sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb"]
+    for name, value in known.items():
+        command += ["-p", name, value]
+    return subprocess.run([*map(str, command), *parameters], capture_output=True, text=True)
 
 
 def test_papermill_runs_what_it_was_asked(store, tmp_path):
