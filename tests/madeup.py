@@ -29,8 +29,8 @@ ABSENT = {"lpips": "its backbone weights could not be downloaded (no network)"}
 
 
 def image_metrics(terms: str, mask: bool, seed: int, images: int, lpips: bool) -> pd.DataFrame:
-    """Metrics of `images` invented pictures: harder pictures are harder for every loss, masks help on the face."""
-    difficulty = np.random.default_rng(7).normal(0, 1, images)  # the same pictures for every hypothesis
+    """Metrics of `images` invented images: harder ones are harder for every loss, masks help on the face."""
+    difficulty = np.random.default_rng(7).normal(0, 1, images)  # the same images for every hypothesis
     noise = np.random.default_rng([seed, len(terms), sum(map(ord, terms)), mask])
     parts = set(terms.split("+"))
     rows = []
@@ -169,7 +169,7 @@ def make_sweep(
     missing=("H7", 1),
     **options,
 ) -> Path:
-    """A sweep directory with every hypothesis and seed, but one run that failed and one that was never started."""
+    """A sweep directory with every hypothesis and seed; one run failed, and one was never started."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "sweep.json").write_text(
@@ -184,13 +184,13 @@ def make_sweep(
             }
         )
     )
-    for asked in hypotheses:
+    for requested in hypotheses:
         for seed in seeds:
-            folder = path / asked["name"] / f"seed{seed}"
-            if (asked["name"], seed) == missing:
+            folder = path / requested["name"] / f"seed{seed}"
+            if (requested["name"], seed) == missing:
                 continue
-            write_run(folder, asked["name"], asked["terms"], asked["mask"], seed, **options)
-            if (asked["name"], seed) == failed:
+            write_run(folder, requested["name"], requested["terms"], requested["mask"], seed, **options)
+            if (requested["name"], seed) == failed:
                 (folder / "metrics.parquet").unlink()
                 (folder / "status.json").write_text(
                     json.dumps(

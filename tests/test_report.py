@@ -16,7 +16,7 @@ from facevae.analysis.figures import study_figures
 from facevae.analysis.report import write_report
 from facevae.analysis.results import load_sweep
 from facevae.core import FaceVAEError
-from facevae.plotting import new_figure, figure_png
+from facevae.plotting import figure_png, new_figure
 from facevae.sweep.runner import execute_notebook
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(path):
-    """The page at `path` asks nothing of any server: every picture is inside, no script, no style from elsewhere."""
+    """The page at `path` asks nothing of any server: every image is inside, no script, no foreign style."""
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.fetched and all(value.startswith("data:image/png;base64,") for value in page.fetched)
@@ -150,13 +150,13 @@ def test_every_table_says_who_used_masks(study):
 
 def test_executed_notebook_shows_the_figures(study):
     cells = json.loads((study.parent / "out.ipynb").read_text())["cells"]
-    pictures = [
+    images = [
         output
         for cell in cells
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == len(FIGURES)
+    assert len(images) == len(FIGURES)
 
 
 @pytest.mark.parametrize("name", ["nothing", "one", "user"])
@@ -179,8 +179,8 @@ def test_partial_sweeps(name, tmp_path):
         with open(sweep / "H1" / "seed0" / "log.jsonl", "a") as log:
             log.write('{"kind": "train", "st')
     study = load_sweep(sweep)
-    found = SweepAnalysis(study, resamples=200)
-    words = " ".join(assert_self_contained(write_report(found, study_figures(found))).words)
+    analysis = SweepAnalysis(study, resamples=200)
+    words = " ".join(assert_self_contained(write_report(analysis, study_figures(analysis))).words)
     assert {
         "nothing": "No run has finished yet",
         "one": "results cannot be used",
@@ -202,8 +202,8 @@ def test_names_and_errors_are_escaped(tmp_path):
     status = sweep / hostile / "seed1" / "status.json"
     status.write_text(json.dumps({"state": "failed", "error": "<img src=x onerror=alert(2)>"}))
     study = load_sweep(sweep)
-    found = SweepAnalysis(study, resamples=200)
-    page = assert_self_contained(write_report(found, study_figures(found)))
+    analysis = SweepAnalysis(study, resamples=200)
+    page = assert_self_contained(write_report(analysis, study_figures(analysis)))
     words = " ".join(page.words)
     assert hostile in words and "<img src=x onerror=alert(2)>" in words and "$x_{" in words
 
@@ -247,10 +247,10 @@ def test_no_labels_overlap(tmp_path):
     clash.text(0.5, 0.5, "one"), clash.text(0.52, 0.5, "two")
     assert overlapping_texts(clash) == [("one", "two")]
     sweep = load_sweep(make_sweep(tmp_path / "sweep", seeds=(0, 1, 2), images=40, lpips=True))
-    for name, plate in study_figures(
+    for name, figure in study_figures(
         SweepAnalysis(sweep, resamples=100), made_up_samples(sweep.runs, 1)
     ).items():
-        assert not overlapping_texts(plate.figure), name
+        assert not overlapping_texts(figure.figure), name
 
 
 def test_claims_of_the_paper_and_your_own(study):
@@ -265,13 +265,13 @@ def test_claims_of_the_paper_and_your_own(study):
         metrics = ["l1", "ssim"]
         expect = "better"
     """)
-    found = SweepAnalysis(load_sweep(study), resamples=200)
+    analysis = SweepAnalysis(load_sweep(study), resamples=200)
     words = " ".join(
-        assert_self_contained(write_report(found, {"ranks": study_figures(found)["ranks"]})).words
+        assert_self_contained(write_report(analysis, {"ranks": study_figures(analysis)["ranks"]})).words
     )
-    assert len(found.claims) == 25 and all(statement in words for statement in found.claims.statement)
+    assert len(analysis.claims) == 25 and all(statement in words for statement in analysis.claims.statement)
     assert "Does l1 with masks beat l2 without?" in words and "authors +" in words
-    assert f"Of the 25 claims, {(found.claims.verdict == 'reproduced').sum()} reproduced" in words
+    assert f"Of the 25 claims, {(analysis.claims.verdict == 'reproduced').sum()} reproduced" in words
     (study / "claims.toml").write_text('[[claim]]\nname = "mine"\nexpects = "better"\n')
     with pytest.raises(FaceVAEError, match="claims.toml.*question: Field required"):
         SweepAnalysis(load_sweep(study))
