@@ -274,7 +274,7 @@ def make_config(
         )
         raise FaceVAEError(f"The settings do not fit: {problems}.") from None
 
-# %% ../nbs/06_config.ipynb #d0025
+# %% ../nbs/06_config.ipynb #d0012
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Overrides from "key=value" texts, as the command line takes them; "weights.l2=50" sets one weight.
 
