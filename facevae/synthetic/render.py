@@ -83,7 +83,7 @@ def draw_from_parameters(
     total = large[:, ::2, ::2] + large[:, 1::2, ::2] + large[:, ::2, 1::2] + large[:, 1::2, 1::2]
     return ((total + 2) // 4).to(torch.uint8), canvas.labels
 
-# %% ../../nbs/04_synthetic/05_render.ipynb #d0021
+# %% ../../nbs/04_synthetic/05_render.ipynb #d0002
 def attribute_table(p: FaceParameters, indices: Sequence[int]) -> pd.DataFrame:
     """CelebA's attributes of faces: a bool table, a row a face.
 
