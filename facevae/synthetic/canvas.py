@@ -113,7 +113,7 @@ class Region:
             self.canvas.image[..., *self.slices].index_copy_(0, self.faces, self.image)
             self.canvas.labels[..., *self.slices].index_copy_(0, self.faces, self.labels)
 
-# %% ../../nbs/04_synthetic/00_canvas.ipynb #d0009
+# %% ../../nbs/04_synthetic/00_canvas.ipynb #d0002
 class Canvas:
     """B square images with their label maps.
 

@@ -112,7 +112,7 @@ HAIRSTYLE_WEIGHTS = np.array(
     [[6, 7, 20, 10, 17, 13, 5, 8, 0, 3, 2, 2, 1], [0.4, 1, 4, 0.3, 5, 2, 3, 10, 17, 22, 20, 13, 12]]
 )  # how common each style is: on masculine heads, on others
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0021
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0006
 def sample_hair(rng: RandomColumns, masculine, age, tone) -> dict[str, np.ndarray]:
     """Style, shape and colour of the hair of B faces.
 
@@ -205,7 +205,7 @@ def sample_mouth(rng: RandomColumns, masculine, tone) -> dict[str, np.ndarray]:
         "lower_lip": np.clip(normal(0.116, 0.019) + 0.016 * tone - 0.018 * masculine, 0.06, 0.17),
     }
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0022
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0007
 def sample_makeup_and_beard(rng: RandomColumns, masculine, age, tone, skin, style) -> dict[str, np.ndarray]:
     """What colours the skin.
 
@@ -280,7 +280,7 @@ def sample_clothes(rng: RandomColumns, masculine) -> dict[str, np.ndarray]:
         "neckline": uniform(0.0, 1.0),
     }
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0023
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0008
 NOISE_GRID_SIZE = 33  # side of the table of noise values that textures are cut from
 
 
@@ -318,7 +318,7 @@ def sample_background(rng: RandomColumns) -> dict[str, np.ndarray]:
     p["noise"] = rng.table(NOISE_GRID_SIZE**2).reshape(-1, NOISE_GRID_SIZE, NOISE_GRID_SIZE)
     return p
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0025
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0010
 FEATURE_COLUMNS = 256  # random numbers set aside for everything but the noise
 FaceParameters = dict[str, np.ndarray]  # B faces: float64 (B,), or (B, 3) for a colour
 
