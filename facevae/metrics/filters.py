@@ -34,8 +34,8 @@ def blur(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
     taps: what `gaussian_kernel` gives.
     Returns (..., H', W'), where H' is (H - len(taps)) // stride + 1.
     """
-    products = images.device.type == "cuda" and _products_are_exact()
-    return (blur_by_products if products else blur_by_shifts)(images, taps, stride)
+    method = blur_by_products if images.device.type == "cuda" and _products_are_exact() else blur_by_shifts
+    return method(images, taps, stride)
 
 
 @torch.compiler.assume_constant_result  # a compiled step may not ask
@@ -58,9 +58,11 @@ def blur_by_shifts(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> 
 
 def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
     """`blur` as a product with a banded matrix on either side."""
-    key = (taps, stride, images.dtype, images.device)
     with torch.autocast(images.device.type, enabled=False):
-        return _band(images.shape[-2], *key) @ (images @ _band(images.shape[-1], *key).T)
+        rows, columns = (
+            _band(images.shape[axis], taps, stride, images.dtype, images.device) for axis in (-2, -1)
+        )
+        return rows @ (images @ columns.T)
 
 
 @torch.compiler.assume_constant_result  # or a compiled step would build it again, weight by weight

@@ -258,7 +258,7 @@ def pool_views(
                     parts[view][name].append(rule(pairs[id(pred)], weights))
     return {view: {name: torch.cat(values) for name, values in row.items()} for view, row in parts.items()}
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #d0005
+# %% ../../nbs/07_metrics/01_maps.ipynb #d0011
 METRIC_ARGUMENTS = """
 pred, target: images (B, 3, H, W), sRGB values in [0, 1].
 weight: of each pixel, (B, 1, H, W) in [0, 1], or None for all alike.
