@@ -142,7 +142,7 @@ def test_labels_of_a_folder_further_up(below, faces, packed, celeba):
 
 
 def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
-    """The manifest says who made the label maps, and so does the run; it may go on with a copy of the store."""
+    """The manifest says who made the label maps, and so does the run; it goes on with a copy of it."""
     config = make_config("H9", overrides={"size": SIZE})
     with RunDirectory(tmp_path / "run").lock(config, packed) as run:
         record = json.loads((run.path / "config.json").read_text())
