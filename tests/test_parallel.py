@@ -104,7 +104,7 @@ def test_losses_of_two_processes_are_those_of_one(store, one_process, tmp_path):
 def test_an_error_reaches_the_user_once(store, tmp_path):
     done = accelerate_launch(store, tmp_path / "run", "batch_size=15")
     assert done.returncode != 0
-    assert done.stderr.count("facevae: A batch of 15 pictures cannot be shared evenly by 2 processes") == 1
+    assert done.stderr.count("facevae: A batch of 15 images cannot be shared evenly by 2 processes") == 1
 
 
 def test_a_notebook_starts_processes_and_gets_their_error(store, tmp_path):
