@@ -12,9 +12,11 @@ from facevae.data.labels import LABEL_CLASSES, LABEL_SCHEMES
 from facevae.synthetic.render import draw_faces
 
 ATTRIBUTES = (
-    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows "
-    "Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face "
-    "Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick "
+    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair "
+    "Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup "
+    "High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose "
+    "Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat "
+    "Wearing_Lipstick "
     "Wearing_Necklace Wearing_Necktie Young"
 ).split()
 RECORD = {"scheme": "face-parsing", "parser": "drawn", "weights_sha256": "00" * 32}
@@ -23,7 +25,8 @@ RECORD = {"scheme": "face-parsing", "parser": "drawn", "weights_sha256": "00" * 
 class Faces:
     """Drawn faces of 178 x 218 pixels that pass for images of CelebA.
 
-    numbers: their names there, as many of each split (0 train, 1 val, 2 test), the first ones that it has. values: attributes, -1 or 1.
+    numbers: their names there, as many of each split (0 train, 1 val, 2 test), the first ones that it has.
+    values: attributes, -1 or 1.
     """
 
     def __init__(self, of_each_split: int, seed: int = 0):
@@ -61,7 +64,7 @@ def write_tables(faces: Faces, attributes: Path, partition: Path, order=None) ->
         partition.write_text("".join(f"{name} {split}\n" for name, split in zip(names, splits)))
 
 
-def write_pictures(faces: Faces, folder: Path) -> None:
+def write_images(faces: Faces, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, image in zip(faces.names, faces.images):
         Image.fromarray(image).save(folder / name, quality=90)
@@ -87,7 +90,7 @@ def zip_images(folder: Path) -> None:
 
 
 def official(faces: Faces, root: Path, folder: str = "Img/img_align_celeba", **options) -> Path:
-    write_pictures(faces, root / folder)
+    write_images(faces, root / folder)
     write_tables(
         faces, root / "Anno" / "list_attr_celeba.txt", root / "Eval" / "list_eval_partition.txt", **options
     )
@@ -105,7 +108,7 @@ def official_twice_unpacked(faces: Faces, root: Path) -> Path:
 
 
 def torchvision(faces: Faces, root: Path, folder: str = "celeba") -> Path:
-    write_pictures(faces, root / folder / "img_align_celeba")
+    write_images(faces, root / folder / "img_align_celeba")
     write_tables(faces, root / folder / "list_attr_celeba.txt", root / folder / "list_eval_partition.txt")
     return root
 
@@ -116,7 +119,7 @@ def torchvision_folder(faces: Faces, root: Path) -> Path:
 
 
 def kaggle(faces: Faces, root: Path, folder: str = "img_align_celeba/img_align_celeba") -> Path:
-    write_pictures(faces, root / folder)
+    write_images(faces, root / folder)
     write_tables(faces, root / "list_attr_celeba.csv", root / "list_eval_partition.csv")
     return root
 
@@ -137,7 +140,7 @@ CELEBA = {
 
 
 def celebamask_hq(faces: Faces, root: Path, order) -> Path:
-    """CelebAMask-HQ of square cuts of the faces, the parts at half the size of the images. order: which face is which number."""
+    """CelebAMask-HQ of square cuts of the faces, parts at half their size. order: of the faces."""
     base = root / "CelebAMask-HQ"
     for folder in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"):
         (base / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""CelebA and CelebAMask-HQ from every layout to a store; and what is said when something is missing, damaged or not as published."""
+"""CelebA and CelebAMask-HQ from every layout to a store; and what is said when something is wrong."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from conftest import TINY, facevae, facevae_here
 from drawn_celeba import ATTRIBUTES, RECORD, Faces
 from PIL import Image
 
-from facevae.data import celeba_files as published_celeba
 from facevae.config import make_config
 from facevae.core import FaceVAEError
+from facevae.data import celeba_files as published_celeba
 from facevae.data.celeba import CelebASource
 from facevae.data.celeba_files import CELEBA_COUNT, LAST_OF_SPLIT
 from facevae.data.packing import FaceBatch as Packed
@@ -142,7 +142,7 @@ def test_labels_of_a_folder_further_up(below, faces, packed, celeba):
 
 
 def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
-    """The manifest says who made the label maps, and so the run; which may go on with a copy of the store that came another way."""
+    """The manifest says who made the label maps, and so does the run; it goes on with a copy of it."""
     config = make_config("H9", overrides={"size": SIZE})
     with RunDirectory(tmp_path / "run").lock(config, packed) as run:
         record = json.loads((run.path / "config.json").read_text())
@@ -241,8 +241,8 @@ def test_no_labels_at_all(celeba):
     shutil.rmtree(celeba.parent / "labels")
     said = refused(*command(celeba, "--allow-subset"))
     assert (
-        f"Make them with: facevae parse-masks --images '{celeba / 'Img' / 'img_align_celeba'}' --out '{celeba.parent / 'labels'}'."
-        in said
+        f"Make them with: facevae parse-masks --images '{celeba / 'Img' / 'img_align_celeba'}' "
+        f"--out '{celeba.parent / 'labels'}'." in said
     )
     (celeba.parent / "labels").mkdir()
     drawn_celeba.zip_images(celeba / "Img" / "img_align_celeba")
@@ -298,7 +298,7 @@ def test_a_subset_must_be_asked_for(celeba):
 
 @pytest.fixture(scope="module")
 def whole(faces, tmp_path_factory):
-    """202,599 names of one image, the official partition, made-up attributes, and label maps for the first 1,000."""
+    """202,599 names of one image, the official partition, made-up attributes, and 1,000 label maps."""
     root = tmp_path_factory.mktemp("whole")
     images, labels = root / "img_align_celeba", root / "labels"
     for folder in (images, labels):
@@ -329,7 +329,7 @@ def whole(faces, tmp_path_factory):
 
 
 def test_the_whole_of_celeba(whole):
-    """Counts and digests as published are accepted; one image fewer, or other attributes, are not. The source is a few arrays."""
+    """Counts and digests as published are accepted; one image fewer, or other attributes, are not."""
     partition = published_celeba.published_files()["list_eval_partition.txt"]
     with mock.patch.object(
         published_celeba, "published_files", lambda: {"list_eval_partition.txt": partition}
@@ -346,7 +346,8 @@ def test_the_whole_of_celeba(whole):
         )
         with pytest.raises(
             FaceVAEError,
-            match="None of the .* inputs can be packed, all for the same reason .no label map. so far. 001001.jpg: no label map: facevae parse-masks",
+            match="None of the .* inputs can be packed, all for the same reason .no label map. so far. "
+            "001001.jpg: no label map: facevae parse-masks",
         ):
             pack(source, whole / "store", progress=False)
         (whole / "img_align_celeba" / "123456.jpg").rename(whole / "spare.jpg")
@@ -357,13 +358,14 @@ def test_the_whole_of_celeba(whole):
         (whole / "spare.jpg").rename(whole / "img_align_celeba" / "123456.jpg")
     with pytest.raises(
         FaceVAEError,
-        match="list_attr_celeba.txt' is not the file that was published: its MD5 digest is .* and should be 75e246fa4810816ffd6ee81facbd244c",
+        match="list_attr_celeba.txt' is not the file that was published: its MD5 digest is .* "
+        "and should be 75e246fa4810816ffd6ee81facbd244c",
     ):
         CelebASource(whole, whole / "labels", SIZE)
 
 
 def test_packing_is_fast_and_holds_few_pictures_at_a_time(whole):
-    """In processor time, which a busy machine does not upset: 400 images a second on two cores are 5 ms for each."""
+    """In processor time: 400 images a second on two cores are 5 ms for each."""
     source = CelebASource(whole, whole / "labels", 144, allow_subset=True)
     source.present[1001:] = False
     begun = time.process_time()
@@ -422,7 +424,7 @@ def weights(tmp_path_factory):
     ],
 )
 def test_from_pictures_to_a_store_with_masks(layout, images, weights, tmp_path):
-    """The first two commands of the README, with a parser of random weights; whichever folder of CelebA it is given."""
+    """The first two commands of the README, with a parser of random weights, for any folder of CelebA."""
     root, labels = drawn_celeba.CELEBA[layout](Faces(1), tmp_path / "celeba"), tmp_path / "labels"
     done = facevae_here(
         "parse-masks", "--images", root / images, "--out", labels, "--weights", weights, "--any-weights"

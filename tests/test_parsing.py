@@ -1,4 +1,4 @@
-"""Face masks for photos: networks against others' implementations, weights that are not what they should be, and a command that is killed."""
+"""Face parsers: networks against others' implementations, wrong weights, and a command that is killed."""
 
 import csv
 import errno
@@ -22,13 +22,13 @@ from conftest import facevae_here
 from PIL import Image
 from test_hostile import PLANTED, plant, refused, refused_command
 
-from facevae.parsing import bisenet, segformer
-from facevae.data.labels import LABEL_CLASSES, FACE_PARTS, LABEL_SCHEMES, class_ids, remap_labels
+from facevae.data.labels import FACE_PARTS, LABEL_CLASSES, LABEL_SCHEMES, class_ids, remap_labels
 from facevae.data.loader import face_mask
 from facevae.data.packing import pack
 from facevae.data.sources import FolderSource
+from facevae.parsing import bisenet, segformer
 from facevae.parsing.bisenet import BiSeNet, fetch_bisenet, load_bisenet
-from facevae.parsing.label_folder import is_whole, score_labels, parse_folder
+from facevae.parsing.label_folder import is_whole, parse_folder, score_labels
 from facevae.parsing.parser import FaceParser
 from facevae.parsing.segformer import load_segformer
 from facevae.synthetic.render import draw_faces
@@ -139,7 +139,7 @@ def test_bisenet_parser_does_what_the_original_script_does(theirs, weights):
 
 
 def test_segformer_equals_the_pipeline_of_transformers(tmp_path, monkeypatch):
-    """A tiny one with random weights, saved and read without a network; the classes have numbers of their own."""
+    """A tiny one with random weights, saved and read without a network; its classes have other numbers."""
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: pip install facevae[segformer]"
     )
@@ -186,9 +186,9 @@ def test_glasses_stay_glasses_in_every_scheme():
     """Class 3 is glasses for one parser and an eyebrow for another; class 6 is the other way round."""
     for scheme, names in LABEL_SCHEMES.items():
 
-        def network(images, at=names.index("eye_g")):
+        def network(images, names=names):
             logits = torch.zeros(len(images), 19, *images.shape[2:])
-            logits[:, names.index("skin")], logits[:, at, 20:30] = 1, 2
+            logits[:, names.index("skin")], logits[:, names.index("eye_g"), 20:30] = 1, 2
             return logits
 
         labels = FaceParser("toy", network, names, "", size=64)(np.zeros((1, 64, 64, 3), np.uint8))
@@ -346,7 +346,7 @@ def until_labelled(out: Path, count: int, process: subprocess.Popen) -> None:
 
 
 def test_interrupted_killed_and_resumed(photos, weights, undisturbed, tmp_path):
-    """In the middle by Ctrl-C, then by force, and given again: what was done stays as it was, to the time of its writing."""
+    """By Ctrl-C, then by force, and given again: what was done stays, to the time of its writing."""
     out = tmp_path / "labels"
     process = command(photos, out, weights)
     until_labelled(out, 2, process)
@@ -402,7 +402,7 @@ class Quick:
 
 
 def test_killed_again_and_again(tmp_path):
-    """Whatever the moment, no label map is half there, none is written twice, and every one has its row in the end."""
+    """Whatever the moment, no label map is half there or written twice, and each has its row in the end."""
     images, out = tmp_path / "images", tmp_path / "labels"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -528,7 +528,7 @@ def test_label_maps_are_ready_to_be_packed(photos, labelled, tmp_path):
     reason="set FACEVAE_BISENET_WEIGHTS to 79999_iter.pth, or to parsing_bisenet.pth of facexlib",
 )
 def test_real_weights_on_real_faces(tmp_path):
-    """An astronaut; and with FACEVAE_FACES, a folder of images/ and labels/ as CelebAMask-HQ numbers them, its hand-drawn masks."""
+    """An astronaut; and with FACEVAE_FACES, a folder of images/ and labels/, hand-drawn masks."""
     from skimage.data import astronaut
 
     parser = load_bisenet(os.environ["FACEVAE_BISENET_WEIGHTS"])

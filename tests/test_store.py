@@ -97,7 +97,9 @@ FORKS = """
         if moment == "manifest": packing.write_text = hang
         if moment == "rename":
             replace = os.replace
-            facevae.core.os.replace = lambda source, target: hang() if str(target) == out else replace(source, target)
+            facevae.core.os.replace = (
+                lambda source, target: hang() if str(target) == out else replace(source, target)
+            )
         batch = int(moment) if moment.isdigit() else -1
         try:
             packing.pack(Plain(hook=lambda number: hang() if number == batch else None), out, progress=False)
@@ -120,7 +122,7 @@ FORKS = """
 
 
 def test_killed_interrupted_and_terminated_packs(tmp_path):
-    """A pack that dies at any moment leaves no store; the next one works and removes what the dead one left."""
+    """A pack that dies at any moment leaves no store; the next one works and removes what it left."""
     whole = pack(Plain(), tmp_path / "whole", progress=False)
     cases = [(moment, signal.SIGKILL) for moment in ("0", "5", "checksums", "manifest", "rename")] + [
         ("3", signal.SIGINT),
