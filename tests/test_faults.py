@@ -320,6 +320,27 @@ def test_a_cluster_loses_a_machine_and_gets_another(store, tmp_path, same, clust
     same(out, faults=1, metrics=False)  # the evaluation had four threads
 
 
+@pytest.mark.slow
+def test_a_worker_of_a_cluster_freezes(store, tmp_path, same, monkeypatch, request):
+    """Dask does not hear of it any more, and after the scheduler's worker-ttl it counts as gone."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL", "20 seconds")
+    monkeypatch.setenv("FACEVAE_HEARTBEAT", "1")
+    cluster = request.getfixturevalue("cluster")
+    for _ in HYPOTHESES:
+        cluster()
+    out = tmp_path / "sweep"
+    process = sweep_process(store, out, ",".join(HYPOTHESES), scheduler_file=cluster.file, workers=None)
+    kernel = wait_until(lambda: middle(out), "H5 trains", process=process)
+    frozen = [kernel, parent_of(kernel), locks_of(run_of(out, "H5"))[-1]["process"]["pid"]]
+    for pid in frozen:
+        kill(pid, signal.SIGSTOP)
+    output = finished(process)
+    for pid in frozen:
+        kill(pid, signal.SIGCONT)
+    assert "H5 seed 0: Its worker is gone. It is begun again from step" in output, output
+    same(out, faults=1)
+
+
 def test_a_worker_that_cannot_do_the_work_is_named(store, tmp_path, cluster, tally):
     other = tmp_path / "other"
     shutil.copytree(
