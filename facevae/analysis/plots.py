@@ -74,7 +74,7 @@ def _draw_bars(axis, metric: str, places: pd.DataFrame, palette: dict[str, str],
     groups, series = list(dict.fromkeys(places.group)), list(palette)
     options = {"x": "group", "y": "error", "hue": "series", "order": groups, "hue_order": series, "ax": axis}
     bars = places.assign(error=error)
-    top, width = error.max() * 1.12, 0.8 / len(series)
+    top, width = (error.max() if error.notna().any() else 1) * 1.12, 0.8 / len(series)
     seaborn.barplot(bars, palette=palette, saturation=1, errorbar=None, legend=False, **options)
     for bar in axis.patches:
         dark = seaborn.utils.relative_luminance(bar.get_facecolor()) < 0.4
