@@ -73,7 +73,7 @@ def reconstruct(
     device: DeviceOption = None,
 ):
     """Reconstruct pictures: original, reconstruction and predicted mask side by side, a PNG each; aligned faces are also put back into their photograph."""
-    from facevae.editing.photographs import find_photos, reconstruct_files
+    from facevae.editing.photos import find_photos, reconstruct_files
 
     vae = load_model(model, device)
     points = _points(landmarks, len(find_photos(photographs, out)))
@@ -123,7 +123,7 @@ def edit(
     from facevae.core import atomic_file
     from facevae.data.store import FaceStore
     from facevae.editing.latent_space import find_direction
-    from facevae.editing.photographs import reconstruct_photo
+    from facevae.editing.photos import reconstruct_photo
 
     _check_ending(out, ".png")
     if not math.isfinite(amount) or abs(amount) > 100:
@@ -190,7 +190,7 @@ def interpolate(
     from facevae.editing.animation import save_animation, to_frames
     from facevae.editing.latent_space import decode_latents
     from facevae.editing.latent_space import interpolate as between
-    from facevae.editing.photographs import prepare_photo
+    from facevae.editing.photos import prepare_photo
     from facevae.model.inference import encode_images
 
     _check_ending(out, ".gif", ".mp4")
