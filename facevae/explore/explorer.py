@@ -8,6 +8,7 @@ __all__ = ['INTERPOLATION_STEPS', 'ExplorerControls', 'report_errors', 'LatentEx
 # %% ../../nbs/13_explore/02_explorer.ipynb #c0002
 import functools
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -338,5 +339,5 @@ class LatentExplorer(widgets.VBox):
                 shifts = [model.shift({**amounts, moved: amount}) for amount in steps]
                 latents = self.means[index] + torch.stack(shifts)
             films.append([on_white(result) for result in model.decode(latents, self.original)])
-        name = "interpolation" if self._interpolating else "".join(c if c.isalnum() else "_" for c in moved)
+        name = "interpolation" if self._interpolating else re.sub(r"\W", "_", moved)
         return [join_images(images) for images in zip(*films)], f"{name}.gif"

@@ -141,12 +141,8 @@ def _page_class() -> type:
     from tornado.web import HTTPError
 
     class EndKernel(VoilaShutdownKernelHandler):
-        """A page's farewell.
-
-        Voilà sends it without the token against forged requests, and refuses it then; the origin, which a
-        browser does not let pages forge, serves as well.
-        """
-
+        # Voilà's page says farewell without the token against forged requests, and is refused; the origin,
+        # which a browser does not let pages forge, serves as well.
         def check_xsrf_cookie(self):
             if not self.request.headers.get("Origin") or not self.check_origin():
                 raise HTTPError(403)
@@ -197,12 +193,15 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
     token: what the address must carry.
     Raises FaceVAEError without Voilà.
     """
-    Page = _page_class()
+    page_class = _page_class()
     from jupyter_server import DEFAULT_STATIC_FILES_PATH
+
+    def prelaunch(request, notebook, cwd):
+        return set_parameters(notebook, parameters)
 
     port = bound.getsockname()[1]
     policy = CONTENT_SECURITY_POLICY.format(port=port)
-    page = Page(
+    page = page_class(
         notebook_path=str(notebook_path("explore")),
         ip="127.0.0.1",
         port=port,
@@ -231,7 +230,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
     ]
     settings.allow_template_override = settings.allow_theme_override = "NO"
     settings.kernel_spec_manager_class = ThisPython
-    settings.prelaunch_hook = lambda request, notebook, cwd: set_parameters(notebook, parameters)
+    settings.prelaunch_hook = prelaunch
     # The server's ping intervals, which no user chose, are no warning for one.
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
     return page
