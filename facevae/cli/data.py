@@ -162,7 +162,7 @@ def pack_celebamask_hq(
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0013
 def cli_parse_masks(
-    images: Annotated[Path, typer.Option(help="Folder of photos, with its subfolders.")],
+    images: Annotated[Path, typer.Option(help="Folder of photos, with its subfolders, or a zip file.")],
     out: Annotated[Path, typer.Option(help="Directory of label maps, new or begun before.")],
     parser: Annotated[
         str, typer.Option(help="bisenet (the paper's) or segformer (needs facevae[segformer]).")
@@ -187,7 +187,7 @@ def cli_parse_masks(
     ] = None,
     max_bad: MaxBadOption = 0.01,
 ):
-    """Make a label map for every photo of a folder. Given again, it does what is missing.
+    """Make a label map for every photo of a folder or zip file. Given again, it does what is missing.
 
     The parsers' weights were trained on CelebAMask-HQ, which is for non-commercial research.
     """
