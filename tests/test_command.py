@@ -1,4 +1,7 @@
-"""The command as a newcomer meets it: help, mistypes, bad input; one paragraph, exit code not 0, no traceback, nothing left behind."""
+"""The command as a newcomer meets it: help, mistypes, bad input.
+
+One paragraph, an exit code that is not 0, no traceback, nothing left behind.
+"""
 
 import json
 import re
@@ -62,7 +65,7 @@ def test_errors_show_a_traceback_only_when_asked(tmp_path):
         (["--hypothesis", "H9", "--set", "size=100"], "'size' cannot be 100"),
         (["--hypothesis", "H9", "--set", "mask=false"], "'mask' cannot be overridden"),
         (["--hypothesis", "H9", "--set", "steps"], "key=value"),
-        (["--hypothesis", "H9", "--set", "size=72"], "36 px images"),
+        (["--hypothesis", "H9", "--set", "size=72"], "holds 36 px"),
         (["--hypothesis", "H9", "--seed", "-1"], "'seed' cannot be -1"),
     ],
 )
@@ -77,7 +80,7 @@ def test_settings_are_checked_before_anything_starts(store, tmp_path, options, e
         (["--hypotheses", "H5,H99"], "'H99'"),
         (["--seeds", "0,x"], "'0,x' is not a list of seeds"),
         (["--workers", "0"], "--workers"),
-        (["--set", "size=72"], "36 px images"),
+        (["--set", "size=72"], "holds 36 px"),
     ],
 )
 def test_a_sweep_is_checked_before_anything_starts(store, tmp_path, options, expected):
@@ -108,7 +111,7 @@ def test_report_of_something_else(tmp_path, store):
 
 
 def folder(tmp_path, count=200, size=40):
-    """Pictures and label maps in a scheme where every class appears."""
+    """Images and label maps in a scheme where every class appears."""
     generator = np.random.default_rng(0)
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
@@ -132,7 +135,7 @@ def folder(tmp_path, count=200, size=40):
     ]
 
 
-def test_a_bad_picture_is_skipped_by_name(tmp_path):
+def test_a_bad_image_is_skipped_by_name(tmp_path):
     arguments = folder(tmp_path)
     (tmp_path / "images" / "007.jpg").write_bytes(b"")
     done = facevae_here("pack", "folder", *arguments)
@@ -143,7 +146,7 @@ def test_a_bad_picture_is_skipped_by_name(tmp_path):
     assert facevae_here("verify", tmp_path / "store").returncode == 0
 
 
-def test_too_many_bad_pictures_fail_unless_allowed(tmp_path):
+def test_too_many_bad_images_fail_unless_allowed(tmp_path):
     arguments = folder(tmp_path, count=20)
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "labels" / "003.png")
     message = refused("pack", "folder", *arguments)
@@ -154,14 +157,14 @@ def test_too_many_bad_pictures_fail_unless_allowed(tmp_path):
     assert "19 faces" in facevae_here("pack", "folder", *arguments, "--max-bad", 0.1).stdout
 
 
-def test_unusual_but_good_pictures_are_taken(tmp_path):
+def test_unusual_but_good_images_are_taken(tmp_path):
     arguments = folder(tmp_path, count=20)
-    picture = Image.open(tmp_path / "images" / "000.jpg")
-    picture.convert("L").save(tmp_path / "images" / "000.jpg")
-    picture.convert("CMYK").save(tmp_path / "images" / "001.jpg")
+    image = Image.open(tmp_path / "images" / "000.jpg")
+    image.convert("L").save(tmp_path / "images" / "000.jpg")
+    image.convert("CMYK").save(tmp_path / "images" / "001.jpg")
     turned = Image.Exif()
     turned[0x0112] = 6
-    picture.save(tmp_path / "images" / "002.jpg", exif=turned)
+    image.save(tmp_path / "images" / "002.jpg", exif=turned)
     assert "20 faces" in facevae_here("pack", "folder", *arguments).stdout
 
 

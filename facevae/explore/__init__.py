@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "explore.explorer": "LatentExplorer",
-        "explore.server": "explore open_explorer",
+        "explore.server": "open_explorer serve_explorer",
     },
 )
