@@ -184,7 +184,7 @@ def run_benchmark(
     overrides: fields of RunConfig for both recipes.
     progress: show what is under way.
 
-    Returns a row a measurement; attrs (all JSON): machine, configs, peaks, roofline, opening, ratios, needs_gpu.
+    Returns a row a measurement; its attrs: machine, configs, peaks, roofline, opening, ratios, needs_gpu.
     Raises FaceVAEError for an unknown name.
     """
     only, recipes = _choose(only, MEASUREMENTS, "measurement"), _choose(recipes, RECIPE_SIZES, "recipe")
@@ -254,8 +254,9 @@ def _format_roofline(recipe: str, roofline: dict) -> list[str]:
 def _format_opening(opening: dict) -> str:
     text = (
         f"a store of {opening['pictures']:,} images of {opening['size']} px opens in "
-        f"{opening['seconds']:.3f} s, its index is read in {opening['index_seconds']:.2f} s; {opening['batches']} random batches "
-        f"({opening['batches_mb']:,.0f} MB) took {opening['reading_mb']:,.0f} MB of memory"
+        f"{opening['seconds']:.3f} s, its index is read in {opening['index_seconds']:.2f} s; "
+        f"{opening['batches']} random batches ({opening['batches_mb']:,.0f} MB) took "
+        f"{opening['reading_mb']:,.0f} MB of memory"
     )
     if opening["held_mb"] is None:
         return text
@@ -316,7 +317,7 @@ def _draw_kinds(axes: Axes, kinds: list[dict]) -> None:
 
 @styled
 def benchmark_plot(table: pd.DataFrame) -> Figure:
-    """Training steps beside the plain loop, and where the time of the recipe's step goes; two panels a recipe."""
+    """Training steps beside the plain loop, and where the time of a recipe's step goes."""
     recipes = list(dict.fromkeys(table["recipe"]))
     figure = new_figure(8, 0.7 + 2.1 * len(recipes))
     for (left, right), recipe in zip(figure.subplots(len(recipes), 2, squeeze=False), recipes):

@@ -247,7 +247,7 @@ def _draw_roofs(axes: Axes, peaks: dict, precision: str, left: float, right: flo
 def roofline_plot(
     costs: pd.DataFrame, peaks: dict, precision: str, times: pd.Series, title: str = ""
 ) -> Figure:
-    """The layers' forward passes under the roof: operations a byte against operations a second, areas for times.
+    """The layers' forward passes under the roof: operations a byte against operations a second.
 
     costs: what `step_costs` gives. peaks: what `measure_peaks` gives. times: what `forward_times` gives.
     """
