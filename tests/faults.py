@@ -17,13 +17,13 @@ SETTINGS = [*TINY[1::2], "steps=40", "checkpoint_every=4", "validate_every=10", 
 COMMAND = str(Path(sys.executable).parent / "facevae")
 SWEEP = """
 import json, sys
-from facevae.ablation import plan
+from facevae.config import parse_settings
 from facevae.core import FaceVAEError
-from facevae.dispatch import run_sweep
-from facevae.hypotheses import parse_settings
+from facevae.sweep.plan import plan_sweep
+from facevae.sweep.scheduler import run_sweep
 store, out, hypotheses, settings, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), json.loads(sys.argv[5])
-cells = plan(store, out, hypotheses, overrides=parse_settings(settings))
-try: print("FAILED", run_sweep(cells, store, progress=False, **options))
+specs = plan_sweep(store, out, hypotheses, overrides=parse_settings(settings))
+try: print("FAILED", run_sweep(specs, store, progress=False, **options))
 except FaceVAEError as error: sys.exit(f"facevae: {error}")
 """
 
