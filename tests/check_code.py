@@ -71,7 +71,7 @@ def trees() -> Iterator[tuple[str, ast.AST]]:
 
 
 def imports(code: dict | str, module: str = "") -> Iterator[str]:
-    """The library's modules that some code imports, without "facevae."; module: where relative imports start."""
+    """The library's modules that some code imports, without "facevae."; module: the code's own."""
     text = code if isinstance(code, str) else python(code)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -182,7 +182,7 @@ def statements_are_plain():
                 if isinstance(node, ast.Module):
                     own.body = [child for child in own.body if not isinstance(child, ast.FunctionDef)]
                 for name in _late_walruses(own):
-                    yield f"{where}, line {name.lineno}: {name.id} comes from a walrus of an earlier statement"
+                    yield f"{where}, line {name.lineno}: {name.id} is of an earlier statement's walrus"
 
 
 def prose_fits():
