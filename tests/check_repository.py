@@ -42,7 +42,7 @@ IMPORTS = {
     "launch": "training",  # python -m facevae.launch
 }
 
-# Cells that are not exported may show things on drawn faces and on a store of them before these are explained.
+# Cells that are not exported may show things on drawn faces, and on a store of them.
 SHOWN_ON = {"synthetic.render", "data.packing"}
 
 # What must be importable without what: whoever watches over runs, or reads their results, needs neither.

@@ -34,15 +34,19 @@ def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run by make test-slow")
+# Files whose tests need little together and much alone: each may run in any process. Those of another file stay
+# together, because they share what is made for them.
+SPREAD = {"test_command", "test_faults", "test_hostile", "test_readme", "test_resume", "test_tutorials"}
 
 
+# Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--run-slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
+    for item in items:
+        if item.path.stem not in SPREAD and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
 
 
 @pytest.fixture

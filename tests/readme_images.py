@@ -1,4 +1,4 @@
-"""Makes the small images of README.md: a strip of drawn faces, and what each of the five notebooks opens with.
+"""Makes the small images of README.md: a strip of drawn faces, and what the five notebooks open with.
 
 Run as a program after the five notebooks were executed. Only drawn faces are shown.
 """
