@@ -34,8 +34,8 @@ def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
 
-# Files whose tests need little together and much alone: each may run in any process. Those of another file stay
-# together, because they share what is made for them.
+# Files whose tests need little together and much alone: each may run in any process. Those of another file
+# stay together, because they share what is made for them.
 SPREAD = {"test_command", "test_faults", "test_hostile", "test_readme", "test_resume", "test_tutorials"}
 
 

@@ -108,6 +108,6 @@ def test_a_claim_of_your_own():
 
 
 def test_every_block_is_tested():
-    languages = re.findall(r"^```(\w*)\n", README, flags=re.M)
+    languages = re.findall(r"^```(\w*)$", README, flags=re.M)[::2]
     assert set(languages) == {"sh", "python", "toml"}
     assert len(blocks("python")) == 2 and len(blocks("toml")) == 1
