@@ -211,7 +211,7 @@ def run_benchmark(
 
 # %% ../../nbs/14_bench/04_benchmark.ipynb #c0012
 def _precision(row) -> str:
-    return f"{row['precision']}{' compiled' if row['compiled'] else ''}" if row["precision"] else ""
+    return f"{row['precision']} compiled" if row["compiled"] else row["precision"]
 
 
 def _format_rows(table: pd.DataFrame) -> list[str]:
