@@ -150,7 +150,8 @@ def _measure(
             row = _row_alone(
                 name, config, _packing(folder, store, config), turns=2 if "packing" in only else 1
             )
-            rows += [row] * ("packing" in only)
+            if "packing" in only:
+                rows.append(row)
         if "drawing" in only:
             report(f"{name}: drawing")
             rows.append(_row_alone(name, config, _drawing(config), turns=3))
@@ -311,8 +312,10 @@ def _draw_kinds(axes: Axes, kinds: list[dict]) -> None:
     axes.barh(places, least, color="#00558c", height=0.3, label="least (roofline)")
     axes.set(yticks=places, yticklabels=[kind["kind"] for kind in kinds], title="where a step's time goes")
     axes.set_xlabel("milliseconds a step")
-    axes.legend(loc="lower right")
-    axes.set_visible(bool(kinds))
+    if kinds:
+        axes.legend(loc="lower right")
+    else:
+        axes.set_visible(False)
 
 
 @styled

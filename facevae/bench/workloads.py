@@ -288,7 +288,7 @@ def _library_steps(recipe: Recipe, only: list[str]) -> Iterator[LibraryStep]:
     """The library's steps that are asked for: the first serves "resident" and "roofline" too."""
     variants = step_variants(recipe.config, recipe.device)
     if "step" not in only:
-        variants = variants[: bool({"resident", "roofline"} & set(only))]
+        variants = variants[:1] if {"resident", "roofline"} & set(only) else []
     for precision, compiled in variants:
         yield LibraryStep(recipe, precision, compiled)
 
