@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 MODEL ?= model
+WORKERS ?= 2
 # Threads that spin for long while they wait for each other make a busy machine crawl.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo model test test-slow check notebooks readme clean
+.PHONY: help demo model test test-slow check format notebooks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +17,8 @@ help:
 	@echo "make test       install with development extras; run every notebook's tests, pytest, and the checks"
 	@echo "make test-slow  the tests that take longer than a few minutes"
 	@echo "make model      train the model that ships with the package again (half an hour on two cores)"
+	@echo "make check      clean notebooks, exported library, direction of imports, style: what needs no test to run"
+	@echo "make format     format notebooks and tests, and export the library"
 	@echo "make notebooks  execute the library's notebooks again, clean them, export the library and the README"
 
 # torch and torchvision must come together: a torchvision of another build cannot be imported.
@@ -41,23 +44,29 @@ model: $(VENV)/installed
 	mkdir -p facevae/models/drawn-faces
 	install -m 644 $(MODEL)/run/model/* facevae/models/drawn-faces/
 
+# Two tests at a time: most wait for processes that they have started. WORKERS=0 runs one after the other.
 test: check notebooks-test
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup tests
 
 test-slow: $(VENV)/installed-dev
-	$(BIN)/pytest -q --run-slow tests
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup --run-slow tests
 
 check: $(VENV)/installed-dev
 	$(BIN)/python tests/check_repository.py
 
 notebooks-test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 
 notebooks: $(VENV)/installed-dev
-	for notebook in nbs/[0-9]*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$notebook || exit 1; done
+	for notebook in $$(find nbs -name '[0-9]*.ipynb' | sort); do $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$notebook || exit 1; done
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tests/readme_images.py
 	$(BIN)/python tests/check_repository.py --write-readme
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format nbs tests setup.py
+	$(BIN)/nbdev_export
 
 clean:
 	rm -rf build dist *.egg-info _proc _docs

@@ -1,9 +1,9 @@
-"""Checks on the repository itself: clean notebooks, library in sync, README, environment.yml, import order.
+"""Checks on the repository: clean notebooks, library in sync, direction of imports, README, environment.yml.
 
-Run as a program it prints what is wrong and leaves with code 1; --write-readme renders README.md from index.ipynb first.
+What a source may hold is checked by check_code.py. Run as a program this prints what is wrong, by both, and
+leaves with code 1; --write-readme renders README.md from index.ipynb first.
 """
 
-import ast
 import configparser
 import json
 import re
@@ -11,25 +11,52 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-LIMIT = 1_000_000
+from check_code import CODE_CHECKS, LIBRARY, NOTEBOOKS, ROOT, imports, read, source
 
+NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d", path.relative_to(ROOT / "nbs").parts[0])]
+HAND_WRITTEN = {"__init__", "_lazy", "_moved", "_modidx"}  # no notebook exports them
+MAX_NOTEBOOK, MAX_OUTPUT = 1_000_000, 200_000  # bytes
 
-def source(cell) -> str:
-    return "".join(cell["source"])
+# Who may import whom, from the bottom to the top. The README shows the same (see `index_shows_the_imports`).
+IMPORTS = {
+    "core": "",
+    "plotting": "core",
+    "safe_io": "core",
+    "system": "",
+    "data": "core safe_io",
+    "synthetic": "core data",
+    "parsing": "core safe_io data",
+    "config": "core data",
+    "metrics": "core safe_io",
+    "model": "core safe_io data config metrics",
+    "training": "core safe_io system data config metrics model",
+    "sweep": "core safe_io system data config training",
+    "analysis": "core plotting safe_io data metrics model training sweep",
+    "editing": "core data model",
+    "explore": "core data synthetic model editing",
+    "bench": "core plotting system data synthetic config metrics model training",
+    "cli": "core system data synthetic parsing config model training sweep editing explore bench",
+    "launch": "training",  # python -m facevae.launch
+}
 
+# Cells that are not exported may show things on drawn faces, and on a store of them.
+SHOWN_ON = {"synthetic.render", "data.packing"}
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+# What must be importable without what: whoever watches over runs, or reads their results, needs neither.
+WITHOUT = {
+    "torch pandas": "facevae config data.store training.lock training.run"
+    " sweep.runner sweep.plan sweep.status sweep.cluster sweep.scheduler",
+    "torch": "analysis.results analysis.statistics analysis.claims analysis.plots analysis.figures"
+    " analysis.tables analysis.report",
+}
 
 
 def run(*command, cwd) -> None:
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True
-    )
+    program = str(Path(sys.executable).parent / command[0])
+    done = subprocess.run([program, *command[1:]], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
 
@@ -37,60 +64,137 @@ def run(*command, cwd) -> None:
 def copy_of_sources(folder: str) -> Path:
     """The sources alone, so that a check never changes the tree it looks at."""
     target = Path(folder) / "copy"
-    shutil.copytree(
-        ROOT,
-        target,
-        ignore=shutil.ignore_patterns(".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build"),
-    )
+    left_out = (".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*left_out))
     return target
 
 
 def notebooks_are_clean():
-    """nbdev_clean changes nothing, and no notebook is large."""
+    """nbdev_clean changes nothing, nothing is large, and no output names a place on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_sources(folder)
         run("nbdev_clean", cwd=copy)
         for path in NOTEBOOKS:
-            if read(copy / path.relative_to(ROOT)) != read(path):
-                yield f"{path.relative_to(ROOT)} is not clean: run nbdev_clean"
-            if path.stat().st_size > LIMIT:
-                yield f"{path.relative_to(ROOT)} is larger than 1 MB: make its outputs smaller"
+            name = path.relative_to(ROOT)
+            if read(copy / name) != read(path):
+                yield f"{name} is not clean: run nbdev_clean"
+            if path.stat().st_size > MAX_NOTEBOOK:
+                yield f"{name} is larger than 1 MB: make its outputs smaller"
+            outputs = [json.dumps(one) for cell in read(path)["cells"] for one in cell.get("outputs", ())]
+            if max(map(len, outputs), default=0) > MAX_OUTPUT:
+                yield f"{name} has an output of more than 200 kB: make it smaller"
+            if places := {found for one in outputs for found in re.findall(r"/(?:tmp|root|home)/\w+", one)}:
+                yield f"{name} shows a place on the machine it ran on: {', '.join(sorted(places))}"
 
 
 def library_is_exported():
-    """nbdev_export changes nothing."""
+    """nbdev_export changes nothing, and every module has a notebook."""
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of_sources(folder)
         run("nbdev_export", cwd=copy)
-        for path in sorted({p.name for where in (ROOT, copy) for p in (where / "facevae").glob("*.py")}):
-            mine, fresh = (where / "facevae" / path for where in (ROOT, copy))
-            if not mine.exists() or not fresh.exists() or mine.read_text() != fresh.read_text():
-                yield f"facevae/{path} is not what the notebooks export: run nbdev_export"
-        exported = {
-            re.sub(r".*default_exp\s+(\w+).*", r"\1", source(cell), flags=re.S)
-            for path in NOTEBOOKS
-            for cell in read(path)["cells"]
-            if source(cell).startswith("#| default_exp")
-        }
-        for path in (ROOT / "facevae").glob("*.py"):
-            if path.stem not in exported | {"__init__", "_modidx"}:
-                yield f"facevae/{path.name} has no notebook: delete it"
+        trees = [
+            {p.relative_to(where): p for p in (where / "facevae").rglob("*.py")} for where in (ROOT, copy)
+        ]
+        for name in sorted(trees[0].keys() | trees[1].keys()):
+            mine, fresh = (tree[name].read_text() if name in tree else None for tree in trees)
+            if mine != fresh:
+                yield f"{name} is not what the notebooks export: run nbdev_export"
+    exported = set(exporting_notebooks())
+    for module, path in LIBRARY.items():
+        if path.stem not in HAND_WRITTEN and module not in exported | {"launch"}:
+            yield f"{path.relative_to(ROOT)} has no notebook: delete it"
+
+
+def exports(cell: dict) -> bool:
+    return source(cell).startswith("#| export")
+
+
+def exporting_notebooks() -> dict[str, Path]:
+    """{module: its notebook}, in the order of the notebooks."""
+    return {
+        found[1]: path
+        for path in NUMBERED
+        for cell in read(path)["cells"]
+        if (found := re.match(r"#\| default_exp ([\w.]+)", source(cell)))
+    }
+
+
+def notebooks_introduce_themselves():
+    """A library notebook has a title for people, and a sentence that says what it holds."""
+    for module, path in exporting_notebooks().items():
+        title, _, rest = source(read(path)["cells"][0]).partition("\n")
+        if not title.startswith("# ") or title[2:] == module or not rest.strip().startswith("> "):
+            yield f"{path.relative_to(ROOT)} needs a title, '# ...', and below it one sentence, '> ...'"
+
+
+def imports_go_downwards():
+    """A notebook imports only modules of earlier notebooks, a subpackage only those of its row in IMPORTS."""
+    order = {module: position for position, module in enumerate(exporting_notebooks())}
+    for module, path in exporting_notebooks().items():
+        for cell in read(path)["cells"]:
+            for name in imports(cell) if cell["cell_type"] == "code" else ():
+                if name not in order and name.count(".") and name.partition(".")[0] in IMPORTS:
+                    yield f"{path.relative_to(ROOT)} imports facevae.{name}, which no notebook exports"
+                elif order.get(name, -1) > order[module] and (exports(cell) or name not in SHOWN_ON):
+                    yield f"{path.relative_to(ROOT)} imports facevae.{name}, whose notebook comes later"
+    for module, path in LIBRARY.items():
+        package = module.partition(".")[0]
+        if path.stem in HAND_WRITTEN:
+            continue
+        allowed = {package, *IMPORTS.get(package, "").split()}
+        for name in imports(path.read_text(encoding="utf-8"), module):
+            if name.partition(".")[0] not in allowed:
+                yield f"facevae.{module} imports facevae.{name}, which its row in IMPORTS does not allow"
+    for lower, upper in pairwise(dict.fromkeys(module.partition(".")[0] for module in order)):
+        if list(IMPORTS).index(lower) > list(IMPORTS).index(upper):
+            yield f"IMPORTS has {upper} before {lower}; the notebooks have them the other way round"
+    for position, (package, allowed) in enumerate(IMPORTS.items()):
+        if upwards := set(allowed.split()) - set(list(IMPORTS)[:position]):
+            yield f"IMPORTS lets {package} import {', '.join(sorted(upwards))}, which stands above it"
+
+
+def imports_are_light():
+    """Reading runs and watching over them takes neither torch nor pandas; `import facevae` takes neither."""
+    for packages, modules in WITHOUT.items():
+        for module in modules.split():
+            name = "facevae" if module == "facevae" else f"facevae.{module}"
+            code = f"import sys, {name}; print(*(set({packages.split()}) & set(sys.modules)))"
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode or done.stdout.strip():
+                yield f"import {name} takes {done.stdout.strip() or done.stderr.strip()}"
 
 
 def rendered_readme() -> str:
-    """index.ipynb as Markdown, with the paths of pictures and notebooks made relative to the top."""
+    """index.ipynb as Markdown, with the paths of images and notebooks made relative to the top."""
     from nbconvert import MarkdownExporter
 
     text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
-    text = re.sub(r'(src="|\]\()(images/|tutorials/|\w+\.ipynb)', r"\1nbs/\2", text)
+    text = re.sub(r'(src="|\]\()(?=images/|[\w/]+\.ipynb)', r"\1nbs/", text)
     text = text.replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def readme_is_rendered():
-    """README.md is what index.ipynb renders to."""
-    if (ROOT / "README.md").read_text(encoding="utf-8") != rendered_readme():
+    """README.md is what index.ipynb renders to, and its links lead somewhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if text != rendered_readme():
         yield "README.md differs from nbs/index.ipynb: run python tests/check_repository.py --write-readme"
+    for target in re.findall(r'(?:\]\(|src=")([^)"]+)', text):
+        if "://" not in target and not (ROOT / target.partition("#")[0]).exists():
+            yield f"README.md leads to {target}, which is not there"
+
+
+def index_shows_the_imports():
+    """The table in index.ipynb lists every folder with what it imports, as IMPORTS has it."""
+    text = "\n".join(source(cell) for cell in read(ROOT / "nbs" / "index.ipynb")["cells"])
+    rows = dict(re.findall(r"^\| \[?`(\w+)`[^|]*\|[^|]*\| *([\w ,]*?) *\|$", text, flags=re.M))
+    for package, allowed in IMPORTS.items():
+        if package == "launch":
+            continue
+        if package not in rows:
+            yield f"nbs/index.ipynb has no row for {package} in its table of folders"
+        elif rows[package].replace(",", " ").split() != allowed.split():
+            yield f"nbs/index.ipynb lets {package} import {rows[package] or 'nothing'}, IMPORTS {allowed}"
 
 
 def settings() -> configparser.SectionProxy:
@@ -103,38 +207,11 @@ def environment_names_the_requirements():
     """environment.yml installs the same requirements as settings.ini names."""
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"^\s+- ([^\s:]+)$", text, flags=re.M))
-    asked = set(settings()["requirements"].split()) | set(settings()["dev_requirements"].split())
-    for requirement in sorted(asked - named):
+    wanted = set(settings()["requirements"].split()) | set(settings()["dev_requirements"].split())
+    for requirement in sorted(wanted - named):
         yield f"environment.yml lacks {requirement}, which settings.ini names"
-    for requirement in sorted(named - asked - {"pip", "conda-forge", "python=3.11", "make"}):
+    for requirement in sorted(named - wanted - {"pip", "conda-forge", "python=3.11", "make"}):
         yield f"environment.yml names {requirement}, which settings.ini lacks"
-
-
-def imports_go_downwards():
-    """A notebook imports only modules whose notebooks come before it."""
-    order = {}
-    numbered = [path for path in NOTEBOOKS if re.match(r"\d", path.name)]
-    for position, path in enumerate(numbered):
-        for cell in read(path)["cells"]:
-            if found := re.match(r"#\| default_exp (\w+)", source(cell)):
-                order[found[1]] = position
-    for position, path in enumerate(numbered):
-        for cell in read(path)["cells"]:
-            if cell["cell_type"] != "code":
-                continue
-            code = "\n".join(line for line in source(cell).splitlines() if not line.startswith(("%", "!")))
-            for node in ast.walk(ast.parse(code)):
-                modules = (
-                    [node.module]
-                    if isinstance(node, ast.ImportFrom) and node.module
-                    else ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
-                )
-                for module in modules:
-                    name = module.removeprefix("facevae.")
-                    if module.startswith("facevae.") and order.get(name, -1) > position:
-                        yield f"{path.name} imports {module}, whose notebook comes later"
-                    if module.startswith("facevae.") and name not in order:
-                        yield f"{path.name} imports {module}, which no notebook exports"
 
 
 def parameters_are_tagged():
@@ -144,99 +221,17 @@ def parameters_are_tagged():
             yield f"{path.relative_to(ROOT)} needs exactly one cell tagged 'parameters'"
 
 
-# What runs code that stands in a file, or can be made to: by module, by function, by argument.
-EXECUTING_MODULES = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "marshal",
-    "shelve",
-    "runpy",
-    "code",
-    "codeop",
-    "yaml",
-}
-EXECUTING_CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "breakpoint",
-    "torch.jit.load",
-    "torch.package",
-    "torch.hub.load",
-    "os.system",
-    "os.popen",
-    "pd.read_pickle",
-    "pandas.read_pickle",
-    "np.fromregex",
-    "numpy.fromregex",
-    "np.lib.format.read_array",
-    "pd.eval",
-    "tempfile.mktemp",
-}
-EXECUTING_METHODS = {"to_pickle", "read_pickle", "query"}
-SAFE_ARGUMENTS = {
-    "np.load": ("allow_pickle", False),
-    "numpy.load": ("allow_pickle", False),
-    "jinja2.Environment": ("autoescape", True),
-    "jinja2.Template": ("autoescape", True),
-    "torch.load": ("weights_only", True),
-}
-
-
-def executing(source: str):
-    """What in a Python source may run code from a file: (line, what)."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-            )
-            yield from (
-                (node.lineno, f"imports {module}")
-                for module in modules
-                if module.split(".")[0] in EXECUTING_MODULES
-            )
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            arguments = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
-            if name in EXECUTING_CALLS or name.rpartition(".")[2] in EXECUTING_METHODS:
-                yield node.lineno, f"calls {name}"
-            if (
-                name in SAFE_ARGUMENTS
-                and arguments.get(SAFE_ARGUMENTS[name][0]) is not SAFE_ARGUMENTS[name][1]
-            ):
-                yield node.lineno, f"calls {name} without {SAFE_ARGUMENTS[name][0]}={SAFE_ARGUMENTS[name][1]}"
-            for argument, bad in (
-                ("allow_pickle", True),
-                ("shell", True),
-                ("weights_only", False),
-                ("trust_remote_code", True),
-            ):
-                if arguments.get(argument) is bad:
-                    yield node.lineno, f"calls {name} with {argument}={bad}"
-
-
-def nothing_executes_files():
-    """The library holds nothing that could run code from a file: no pickle, no eval, no shell."""
-    for path in sorted((ROOT / "facevae").glob("*.py")):
-        for line, what in executing(path.read_text(encoding="utf-8")):
-            yield f"facevae/{path.name}:{line} {what}, which may run code from a file"
-
-
 CHECKS = (
     notebooks_are_clean,
     library_is_exported,
-    readme_is_rendered,
-    environment_names_the_requirements,
+    notebooks_introduce_themselves,
     imports_go_downwards,
+    imports_are_light,
+    readme_is_rendered,
+    index_shows_the_imports,
+    environment_names_the_requirements,
     parameters_are_tagged,
-    nothing_executes_files,
+    *CODE_CHECKS,
 )
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,30 +12,21 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # A shell that starts the tests in the background lets them, and every process they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small enough that a run takes seconds, and still every stage of the real thing.
 TINY = [
-    "--set",
-    "steps=8",
-    "--set",
-    "width=0.1",
-    "--set",
-    "latent_dim=8",
-    "--set",
-    "batch_size=8",
-    "--set",
-    "log_every=1",
-    "--set",
-    "validate_every=4",
-    "--set",
-    "checkpoint_every=2",
-    "--set",
-    "val_images=8",
-    "--set",
-    "test_images=8",
+    part
+    for setting in (
+        "steps=8 width=0.1 latent_dim=8 batch_size=8 log_every=1 validate_every=4 checkpoint_every=2 "
+        "val_images=8 test_images=8"
+    ).split()
+    for part in ("--set", setting)
 ]
 
 
@@ -42,39 +34,42 @@ def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run by make test-slow")
+# Files whose tests need little together and much alone: each may run in any process. Those of another file
+# stay together, because they share what is made for them.
+SPREAD = {"test_command", "test_faults", "test_hostile", "test_readme", "test_resume", "test_tutorials"}
 
 
+# Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--run-slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
-
-
-COUNTS = {"faults": 0, "runs": 0, "differences": 0}
+    for item in items:
+        if item.path.stem not in SPREAD and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
 
 
 @pytest.fixture
 def tally(record_property):
-    """Counts faults injected, runs completed and differences found, for the test's record and the summary of all."""
+    """Counts faults injected, runs completed and differences found, for the summary of all tests."""
 
     def count(**numbers):
         for name, number in numbers.items():
-            COUNTS[name] += number
             record_property(name, number)
 
     return count
 
 
 def pytest_terminal_summary(terminalreporter):
-    if COUNTS["faults"]:
-        terminalreporter.write_line(
-            "Faults injected: {faults}; runs completed: {runs}; differences found: {differences}".format(
-                **COUNTS
-            )
-        )
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, ())]
+    counts = dict.fromkeys(("faults", "runs", "differences"), 0)
+    for name, number in (
+        one for report in reports if report.when == "call" for one in report.user_properties
+    ):
+        counts[name] = counts.get(name, 0) + number
+    if counts["faults"]:
+        text = "Faults injected: {faults}; runs completed: {runs}; differences found: {differences}"
+        terminalreporter.write_line(text.format(**counts))
 
 
 def facevae(*arguments, cwd=None, check=True, **variables):
@@ -92,7 +87,7 @@ def facevae(*arguments, cwd=None, check=True, **variables):
 
 
 def facevae_here(*arguments):
-    """Run the facevae command in this process, which spares importing torch again; gives returncode, stdout, stderr."""
+    """Run the facevae command in this process, which imports torch once; gives returncode, stdout, stderr."""
     from facevae.cli.app import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -111,8 +106,40 @@ def facevae_here(*arguments):
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory):
+def shared(tmp_path_factory):
+    """Makes things that all of a test session read, each once: shared(name, make) gives its folder."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def once(name, make):
+        path, made = root / name, root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+                make(path)
+                made.touch()
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def store(shared):
     """100 drawn faces of 36 pixels."""
-    path = tmp_path_factory.mktemp("data") / "store"
-    facevae("pack", "synthetic", "--count", 100, "--seed", 0, "--size", 36, "--out", path)
-    return path
+    arguments = ["pack", "synthetic", "--count", 100, "--seed", 0, "--size", 36]
+    return shared("faces", lambda folder: facevae(*arguments, "--out", folder / "store")) / "store"
+
+
+@pytest.fixture(scope="session")
+def stand_in(shared):
+    """For PYTHONPATH: a copy of the library that executes stand_in/train.ipynb instead of training."""
+
+    def make(folder):
+        ignored = shutil.ignore_patterns("models", "__pycache__")
+        shutil.copytree(ROOT / "facevae", folder / "facevae", ignore=ignored)
+        shutil.copytree(ROOT / "nbs" / "experiments", folder / "facevae" / "experiments")
+        shutil.copy(ROOT / "tests" / "stand_in" / "train.ipynb", folder / "facevae" / "experiments")
+
+    return shared("stand-in", make)

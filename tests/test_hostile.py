@@ -1,8 +1,9 @@
-"""Files that a stranger made: nothing in them runs, leads out of a directory, fills the memory or ends in a traceback.
+"""Files that a stranger made: nothing in them runs, leads out, fills the memory or ends in a traceback.
 
-Planted payloads, claims of petabytes, names that climb, links that lead away, and flipped bits in every file that is read.
+Planted payloads, claims of petabytes, names that climb, links that lead away, flipped bits in every file.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -39,10 +40,10 @@ from facevae.analysis.report import (
     write_report,
     write_tables,
 )
-from facevae.analysis.results import load_sweep, mean_over_seeds, mean_over_images
+from facevae.analysis.results import load_sweep, mean_over_images, mean_over_seeds
 from facevae.config import make_config, parse_settings
 from facevae.core import FaceVAEError, file_digest
-from facevae.data.images import UnusableInput, read_labels, read_image
+from facevae.data.images import UnusableInput, read_image, read_labels
 from facevae.data.labels import LABEL_CLASSES
 from facevae.data.packing import FaceBatch, pack
 from facevae.data.sources import FolderSource, read_attributes
@@ -109,7 +110,7 @@ def refused_command(*arguments) -> str:
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """One of each thing that is passed on: store, model, checkpoint, sweep, pictures with labels and attributes."""
+    """One of each thing that is passed on: store, model, checkpoint, sweep, images with labels."""
     folder = tmp_path_factory.mktemp("originals")
     pack(SyntheticSource(count=16, seed=3, size=36), folder / "store", progress=False)
     torch.manual_seed(0)
@@ -181,7 +182,7 @@ def test_payload_in_a_model(things, tmp_path, how):
 
 
 def test_payload_in_a_model_of_the_hub(things, tmp_path, monkeypatch):
-    """huggingface_hub falls back to pytorch_model.bin where model.safetensors is missing; FaceVAE does not."""
+    """huggingface_hub falls back to pytorch_model.bin without a model.safetensors; FaceVAE does not."""
     from huggingface_hub.errors import EntryNotFoundError
 
     asked = []
@@ -369,8 +370,19 @@ def png(width: int, height: int, *more: bytes) -> bytes:
 
 def claims(folder: Path):
     """Files that claim more than there is: (what, a function that must refuse it)."""
-    header = lambda text: len(text).to_bytes(8, "little") + text.encode()
-    model = folder / "model"
+    yield from claims_of_a_model(folder / "model")
+    yield from claims_of_a_store(folder)
+    yield from claims_of_an_index(folder)
+    yield from claims_of_texts(folder)
+    yield from claims_of_images(folder)
+    yield from claims_of_keras_files(folder, keras_links(folder))
+    yield from claims_of_keras_files(folder, keras_shapes())
+    yield from claims_of_attributes(folder)
+
+
+def claims_of_a_model(model: Path):
+    def header(text):
+        return len(text).to_bytes(8, "little") + text.encode()
 
     def weights(data: bytes, size: int | None = None):
         def read():
@@ -383,7 +395,8 @@ def claims(folder: Path):
 
     yield "safetensors header of petabytes", weights((2**60).to_bytes(8, "little"), 2**40)
     yield "safetensors header of a gigabyte", weights((2**30).to_bytes(8, "little"), 2**31)
-    tensor = '{"hidden.0.weight": {"dtype": "F32", "shape": [1073741824, 1048576], "data_offsets": [0, 4503599627370496]}}'
+    facts = {"dtype": "F32", "shape": [1073741824, 1048576], "data_offsets": [0, 4503599627370496]}
+    tensor = json.dumps({"hidden.0.weight": facts})
     yield "safetensors tensor of petabytes", weights(header(tensor), 2**42)
     yield "safetensors header without end", weights(header('{"a":' * 50_000))
 
@@ -399,6 +412,8 @@ def claims(folder: Path):
     yield "a width without end", config(size=36, width=1e308)
     yield "a negative latent", config(size=36, latent_dim=-(2**63))
 
+
+def claims_of_a_store(folder: Path):
     def manifest(**changes):
         def read():
             path = folder / "store" / "manifest.json"
@@ -409,21 +424,8 @@ def claims(folder: Path):
 
         return read
 
-    for count in (
-        2**62,
-        10**30,
-        -16,
-        0,
-        15,
-        17,
-        99_999_999,
-        16.5,
-        float("nan"),
-        float("inf"),
-        "16",
-        None,
-        [16],
-    ):
+    counts = (2**62, 10**30, -16, 0, 15, 17, 99_999_999, 16.5, float("nan"), float("inf"), "16", None, [16])
+    for count in counts:
         yield f"a store of {count} faces", manifest(count=count)
     for size in (2**40, -36, 0, 72, float("nan")):
         yield f"a store of {size} pixels", manifest(size=size)
@@ -444,22 +446,25 @@ def claims(folder: Path):
     for shape in ((2**50, 36, 36, 3), (-16, 36, 36, 3), (16, 36, 36, 3), (), (2**62, 2**62)):
         yield f"an array of {shape}", array(shape)
 
-    def everything_petabytes():
-        """Manifest and arrays that agree on more faces than there are, in files full of holes."""
-        store, count = folder / "holes", 99_999_999
-        shutil.copytree(folder / "store", store)
-        about = json.loads((store / "manifest.json").read_text())
-        (store / "manifest.json").write_text(json.dumps(about | {"count": count}))
-        for name, shape in (("images.npy", (count, 36, 36, 3)), ("labels.npy", (count, 36, 36))):
-            with open(store / name, "wb") as file:
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-                )
-                file.truncate(file.tell() + int(np.prod(shape)))
-        assert "index.parquet" in refused(lambda: FaceStore(store).index)
+    yield "a store full of holes", lambda: everything_petabytes(folder)
 
-    yield "a store full of holes", everything_petabytes
 
+def everything_petabytes(folder: Path):
+    """Manifest and arrays that agree on more faces than there are, in files full of holes."""
+    store, count = folder / "holes", 99_999_999
+    shutil.copytree(folder / "store", store)
+    about = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(about | {"count": count}))
+    for name, shape in (("images.npy", (count, 36, 36, 3)), ("labels.npy", (count, 36, 36))):
+        with open(store / name, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
+            file.truncate(file.tell() + int(np.prod(shape)))
+    assert "index.parquet" in refused(lambda: FaceStore(store).index)
+
+
+def claims_of_an_index(folder: Path):
     def index(table, **options):
         def read():
             path = folder / "store" / "index.parquet"
@@ -484,6 +489,10 @@ def claims(folder: Path):
         index({"name": ["a"] * 16, "split": ["train"] * 16} | {"\x1b[2J": [True] * 16}),
     )
 
+
+def claims_of_texts(folder: Path):
+    model = folder / "model"
+
     def text(path: Path, content: bytes, read):
         def attempt():
             whole = path.read_bytes()
@@ -506,7 +515,9 @@ def claims(folder: Path):
         ):
             yield f"{path.name} that is {name}", text(path, content, read)
 
-    def picture(data: bytes, read=read_image, *arguments):
+
+def claims_of_images(folder: Path):
+    def image_case(data: bytes, read=read_image, *arguments):
         def attempt():
             (folder / "bomb.png").write_bytes(data)
             with pytest.raises(UnusableInput), warnings.catch_warnings():
@@ -516,15 +527,17 @@ def claims(folder: Path):
         return attempt
 
     for width, height in ((2**31 - 1, 2**31 - 1), (60_000, 60_000), (10_001, 10_001), (2**31 - 1, 1)):
-        yield f"a picture of {width} x {height}", picture(png(width, height))
+        yield f"an image of {width} x {height}", image_case(png(width, height))
         yield (
             f"a label map of {width} x {height}",
-            picture(png(width, height), read_labels, "face-parsing", 72),
+            image_case(png(width, height), read_labels, "face-parsing", 72),
         )
     bomb = zlib.compress(bytes(200 * 2**20), 9)
-    yield "a comment of 200 MB", picture(png(36, 36, chunk(b"zTXt", b"Comment\0\0" + bomb)))
-    yield "a colour profile of 200 MB", picture(png(36, 36, chunk(b"iCCP", b"icc\0\0" + bomb)))
+    yield "a comment of 200 MB", image_case(png(36, 36, chunk(b"zTXt", b"Comment\0\0" + bomb)))
+    yield "a colour profile of 200 MB", image_case(png(36, 36, chunk(b"iCCP", b"icc\0\0" + bomb)))
 
+
+def claims_of_keras_files(folder: Path, makers):
     def hdf5(make):
         def attempt():
             with h5py.File(folder / "weights.h5", "w") as file:
@@ -533,6 +546,12 @@ def claims(folder: Path):
 
         return attempt
 
+    for make in makers:
+        yield f"weights that are {make.__name__}", hdf5(make)
+
+
+def keras_links(folder: Path):
+    """Functions that fill a file with what lies elsewhere."""
     (folder / "secret.bin").write_bytes(bytes(2**20))
     with h5py.File(folder / "other.h5", "w") as file:
         file["secret"] = np.zeros((3, 3), np.float32)
@@ -552,6 +571,12 @@ def claims(folder: Path):
 
     def soft(file):
         file["conv2d"] = h5py.SoftLink("/conv2d")
+
+    return virtual, external, linked, soft
+
+
+def keras_shapes():
+    """Functions that fill a file with what is too much, or nothing."""
 
     def huge(file):
         file.create_group("conv2d").create_dataset("kernel:0", (2**40, 2**10), np.float32, chunks=(64, 64))
@@ -582,22 +607,10 @@ def claims(folder: Path):
     def nothing(file):
         file.create_group("conv2d")["kernel:0"] = h5py.Empty("f")
 
-    for make in (
-        virtual,
-        external,
-        linked,
-        soft,
-        huge,
-        many,
-        objects,
-        cycle,
-        deep,
-        infinite,
-        scalar,
-        nothing,
-    ):
-        yield f"weights that are {make.__name__}", hdf5(make)
+    return huge, many, objects, cycle, deep, infinite, scalar, nothing
 
+
+def claims_of_attributes(folder: Path):
     def attributes(data: bytes, name: str = "a.csv"):
         def attempt():
             (folder / name).write_bytes(data)
@@ -605,12 +618,8 @@ def claims(folder: Path):
 
         return attempt
 
-    import gzip
-
-    yield (
-        "a table packed a thousand times",
-        attributes(gzip.compress(b"name,a\n" + b"x,1\n" * 10**6), "a.csv.gz"),
-    )
+    packed = gzip.compress(b"name,a\n" + b"x,1\n" * 10**6)
+    yield "a table packed a thousand times", attributes(packed, "a.csv.gz")
     yield "a table of a million columns", attributes(b"name" + b",a" * 10**6 + b"\n")
     yield "a table that is one line", attributes(b'"' + b"x" * 10**7)
     yield "a table of escape sequences", attributes(b"name,\x1b[2J\nx,1\n")
@@ -658,7 +667,7 @@ def test_names_of_a_store(things, tmp_path):
         index.assign(name=[name, *index["name"][1:]]).to_parquet(tmp_path / "index.parquet", index=False)
         shutil.copy(tmp_path / "index.parquet", things / "store" / "index.parquet")
         assert "index.parquet" in refused(lambda: FaceStore(things / "store").index), name
-    assert {path for path in tmp_path.rglob("*")} == {*before, tmp_path / "index.parquet"}
+    assert set(tmp_path.rglob("*")) == {*before, tmp_path / "index.parquet"}
 
 
 def test_names_that_are_packed(tmp_path):
@@ -703,7 +712,7 @@ def test_names_of_hypotheses(things, tmp_path):
         )
 
 
-def test_names_of_pictures(things, tmp_path):
+def test_names_of_images(things, tmp_path):
     vae = FaceVAE.from_pretrained(things / "model")
     names = ["a\nb", "\x1b[2J\x1b]0;owned\x07", "..x", "x" * 250, "C:\\x", "CON", "\udcff", "$x_{", "<b>"]
     for name in names:
@@ -786,35 +795,26 @@ def test_overwriting_removes_the_link_and_not_what_it_leads_to(things, tmp_path)
 # What a report shows
 
 
-def test_a_report_of_a_hostile_sweep(tmp_path):
-    """Every text that a stranger can choose, at once."""
+def hostile_sweep(path: Path) -> Path:
+    """A sweep with every text that a stranger can choose, at once."""
     bad = "<script>alert(1)<|script>$x_{frac"
     hypotheses = [
         {"name": bad, "terms": "l1", "mask": True},
         {"name": "$undefined{", "terms": "l1", "mask": False},
         {"name": "{{ 7*7 }}", "terms": "ssim+huber", "mask": False},
     ]
-    sweep = make_sweep(tmp_path / "sweep", hypotheses=hypotheses, seeds=(0, 1), failed=(bad, 1), missing=None)
+    sweep = make_sweep(path, hypotheses=hypotheses, seeds=(0, 1), failed=(bad, 1), missing=None)
     html = "</pre></script><img src=x onerror=alert(2)>{{ config }}"
     about = json.loads((sweep / "sweep.json").read_text())
-    paste = "\x1b[201~; touch executed\r"
-    (sweep / "sweep.json").write_text(
-        json.dumps(
-            about
-            | {
-                "data": html + paste,
-                "preset": html,
-                "settings": {html: html},
-                "facevae_version": html,
-                "data_source": {
-                    "kind": "synthetic",
-                    "count": "1; touch executed #",
-                    "seed": "$(touch executed)",
-                    html: html,
-                },
-            }
-        )
-    )
+    commands = {"count": "1; touch executed #", "seed": "$(touch executed)"}
+    about |= {
+        "data": html + "\x1b[201~; touch executed\r",
+        "preset": html,
+        "settings": {html: html},
+        "facevae_version": html,
+        "data_source": {"kind": "synthetic", html: html} | commands,
+    }
+    (sweep / "sweep.json").write_text(json.dumps(about))
     (sweep / bad / "seed1" / "status.json").write_text(
         json.dumps({"state": "failed", "error": html + "\x1b[2J"})
     )
@@ -830,8 +830,11 @@ def test_a_report_of_a_hostile_sweep(tmp_path):
     metrics.to_parquet(run / "metrics.parquet", index=False)
     with open(run / "log.jsonl", "a") as log:
         log.write(
-            '{"kind": "validation", "step": 9, "loss": 1e300, "raw": {"$x_{": 1e308, "l1": -1e308}, "weighted": {"l1": 1e999}}\n{"kind": "validation", "step": 1e400, "loss": 1}\n'
-            '{"kind": ["a"], "step": 3, "loss": 1}\n{"kind": "train", "step": 4, "loss": 1, "images_per_second": "fast"}\n'
+            '{"kind": "validation", "step": 9, "loss": 1e300, "raw": {"$x_{": 1e308, "l1": -1e308}, '
+            '"weighted": {"l1": 1e999}}\n'
+            '{"kind": "validation", "step": 1e400, "loss": 1}\n'
+            '{"kind": ["a"], "step": 3, "loss": 1}\n'
+            '{"kind": "train", "step": 4, "loss": 1, "images_per_second": "fast"}\n'
             + '{"a":' * 100_000
             + "\n"
         )
@@ -847,37 +850,34 @@ def test_a_report_of_a_hostile_sweep(tmp_path):
     (sweep / "claims.toml").write_text(
         "[[claim]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in claim.items())
     )
-    study = SweepAnalysis(load_sweep(sweep), resamples=50)
+    return sweep
+
+
+def test_a_report_of_a_hostile_sweep(tmp_path):
+    study = SweepAnalysis(load_sweep(hostile_sweep(tmp_path / "sweep")), resamples=50)
     page = write_report(study, study_figures(study)).read_text()
     plain = re.sub(r"base64,[^\"]*", "", page)
-    assert (
-        "<script" not in plain
-        and "<img src=x" not in plain
-        and "onerror=alert(2)>" not in plain
-        and "&lt;img src=x onerror" in plain
-    )
+    assert not {tag for tag in ("<script", "<img src=x", "onerror=alert(2)>") if tag in plain}
+    assert "&lt;img src=x onerror" in plain
     assert "{{ config }}" in plain and "{{ 7*7 }}" in plain, "a name is no template"
     assert "\x1b" not in page and "\r" not in page
     for table in write_tables(study):
         text = table.read_text()
         assert "\x1b" not in text
-        assert "\\input{" not in text if table.suffix == ".tex" else not re.search(r"(?<!\\)<", text), (
-            "no command in LaTeX, no tag in Markdown"
-        )
+        if table.suffix == ".tex":
+            assert "\\input{" not in text, "no command in LaTeX"
+        else:
+            assert not re.search(r"(?<!\\)<", text), "no tag in Markdown"
     line = reproduction_commands(study.sweep)
-    assert (
-        "'1; touch executed #'" in line
-        and "'$(touch executed)'" in line
-        and "\x1b" not in line
-        and "\r" not in line
-    )
+    assert "'1; touch executed #'" in line and "'$(touch executed)'" in line
+    assert "\x1b" not in line and "\r" not in line
 
 
 @pytest.mark.parametrize(
     "value", ["x", [1], {"a": 1}, True, float("nan"), float("inf"), -1e300, 10**400, "\x1b[2J", None]
 )
 def test_every_field_of_a_run(things, value):
-    """Whatever stands in a field of status.json and config.json, the sweep is read and its tables are made."""
+    """Whatever stands in a field of status.json or config.json, the sweep is read and its tables are made."""
     run = things / "sweep" / "H1" / "seed0"
     for name in ("status.json", "config.json"):
         whole = json.loads((run / name).read_text())
@@ -989,8 +989,8 @@ def content_of_sweep(path: Path):
     }
 
 
-def content_of_pictures(path: Path):
-    """Pictures have no digest; what is read may differ, and nothing but UnusableInput may be raised."""
+def content_of_images(path: Path):
+    """Images have no digest; what is read may differ, and nothing but UnusableInput may be raised."""
     source = FolderSource(
         path / "images", path / "labels", "face-parsing", 36, path / "attributes.csv", workers=1
     )
@@ -1004,13 +1004,13 @@ def fuzz(things: Path, rounds: int, seed: int) -> dict[str, list[int]]:
         "model": content_of_model,
         "checkpoint": content_of_checkpoint,
         "sweep": content_of_sweep,
-        "pictures": content_of_pictures,
+        "images": content_of_images,
     }
     counts = {}
     for kind, content in kinds.items():
-        folder = things if kind == "pictures" else things / kind
+        folder = things if kind == "images" else things / kind
         whole = content(folder)
-        good = {"store": [whole], "model": [whole], "pictures": [whole]}.get(kind)
+        good = {"store": [whole], "model": [whole], "images": [whole]}.get(kind)
         if kind == "checkpoint":
             newest = folder / "step-00000003.safetensors"
             data = newest.read_bytes()
@@ -1023,9 +1023,7 @@ def fuzz(things: Path, rounds: int, seed: int) -> dict[str, list[int]]:
             if path.is_file()
             and path.suffix not in (".md", ".ipynb")
             and (
-                kind != "pictures"
-                or path.parent.name in ("images", "labels")
-                or path.name == "attributes.csv"
+                kind != "images" or path.parent.name in ("images", "labels") or path.name == "attributes.csv"
             )
         ]
         counts[kind] = [len(files), 0, 0]
@@ -1033,7 +1031,8 @@ def fuzz(things: Path, rounds: int, seed: int) -> dict[str, list[int]]:
             data = path.read_bytes()
             for case in range(rounds):
                 rng = random.Random(f"{seed} {kind} {number} {case}")
-                path.write_bytes(spoiled := spoil(data, rng))
+                spoiled = spoil(data, rng)
+                path.write_bytes(spoiled)
                 if spoiled == data:
                     continue
                 counts[kind][1] += 1
@@ -1095,7 +1094,8 @@ def keras_file(path: Path) -> None:
                 ("running_mean", "moving_mean"),
                 ("running_var", "moving_variance"),
             ):
-                if (tensor := getattr(modules[name], own, None)) is None:
+                tensor = getattr(modules[name], own, None)
+                if tensor is None:
                     continue
                 normal = isinstance(modules[name], torch.nn.BatchNorm2d)
                 theirs = {"kernel": "gamma", "bias": "beta"}.get(theirs, theirs) if normal else theirs
@@ -1138,7 +1138,7 @@ def test_spoiled_keras_file(tmp_path):
 
 
 def test_label_values_and_foreign_weights(things):
-    """Digests that fit do not make values right: labels that are no class, weights that another program wrote."""
+    """Digests that fit do not make values right: labels that are no class, weights of another program."""
     labels = things / "store" / "labels.npy"
     data = bytearray(labels.read_bytes())
     data[200] = 255

@@ -45,11 +45,9 @@ def ends(process) -> str:
     return errors
 
 
-@pytest.fixture(scope="module")
-def undisturbed(store, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    ends(training(store, out))
-    return out
+@pytest.fixture(scope="session")
+def undisturbed(store, shared):
+    return shared("undisturbed-run", lambda folder: ends(training(store, folder / "run"))) / "run"
 
 
 @pytest.fixture

@@ -17,30 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build"),
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--wheel-dir",
-            str(folder),
-            str(source),
-        ],
-        check=True,
-    )
+    left_out = (".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*pip, str(folder), str(source)], check=True)
     return next(folder.glob("facevae-*.whl"))
 
 
 def study(python, store, folder, **variables):
-    """The commands a user of the installed library types; its own process environment, no checkout in sight."""
+    """The commands that a user of the installed library types; no checkout in sight."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
     for command in (
         ["verify", str(store)],
@@ -60,7 +45,7 @@ def test_wheel_runs_the_study(wheel, store, tmp_path):
         check=True,
     )
     where = subprocess.run(
-        [sys.executable, "-c", "import facevae.sweep.runner as n; print(n.notebook_path('train'))"],
+        [sys.executable, "-c", "from facevae.core import notebook_path; print(notebook_path('train'))"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True,
