@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/07_metrics/00_filters.ipynb #d0008
+# %% ../../nbs/07_metrics/00_filters.ipynb #d0002
 @functools.cache
 def gaussian_kernel(window: int, sigma: float) -> tuple[float, ...]:
     """The `window` weights of a one-dimensional Gaussian of `sigma` pixels, adding up to 1."""
