@@ -26,7 +26,7 @@ IMPORTS = {
     "plotting": "core",
     "safe_io": "core",
     "system": "",
-    "data": "core safe_io",
+    "data": "core safe_io system",
     "synthetic": "core data",
     "parsing": "core safe_io data",
     "config": "core data",

@@ -24,7 +24,8 @@ from facevae.config import parse_settings
 from facevae.core import FaceVAEError
 from facevae.sweep.plan import plan_sweep
 from facevae.sweep.scheduler import run_sweep
-store, out, hypotheses, settings, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), json.loads(sys.argv[5])
+store, out, hypotheses = sys.argv[1:4]
+settings, options = map(json.loads, sys.argv[4:6])
 specs = plan_sweep(store, out, hypotheses, overrides=parse_settings(settings))
 try: print("FAILED", run_sweep(specs, store, progress=False, **options))
 except FaceVAEError as error: sys.exit(f"facevae: {error}")

@@ -47,7 +47,7 @@ def strip(count: int = 8, size: int = 144) -> Image.Image:
 
 
 if __name__ == "__main__":
-    strip().save(IMAGES / "faces.jpg", quality=85)
+    strip().save(IMAGES / "strip.jpg", quality=85)
     for name, notebook in FIVE.items():
         picture = first_picture(ROOT / "nbs" / f"{notebook}.ipynb")
         height = min(240, round(picture.height * 240 / picture.width))

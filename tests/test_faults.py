@@ -39,7 +39,7 @@ HYPOTHESES = ("H5", "H9")
 FAST_BEATS = {"FACEVAE_HEARTBEAT": "1"}
 
 
-# Its kernels train a network; the other tests of what starts, watches and ends runs do with a stand-in for it.
+# Its kernels train a network; the other tests of starting, watching and ending runs do with a stand-in.
 TRAINS = {"test_kernels_killed_at_random_steps"}
 
 

@@ -28,7 +28,8 @@ from facevae.data.packing import pack
 from facevae.data.sources import FolderSource
 from facevae.parsing import bisenet, segformer
 from facevae.parsing.bisenet import BiSeNet, fetch_bisenet, load_bisenet
-from facevae.parsing.label_folder import is_whole, parse_folder, score_labels
+from facevae.parsing.label_folder import parse_folder
+from facevae.parsing.label_quality import is_whole, score_labels
 from facevae.parsing.parser import FaceParser
 from facevae.parsing.segformer import load_segformer
 from facevae.synthetic.render import draw_faces

@@ -150,11 +150,15 @@ def _notes(sweep: Sweep) -> list[tuple[str, str]]:
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 def _environment(**options) -> jinja2.Environment:
     """Templates that escape everything."""
     loader = jinja2.PackageLoader("facevae", "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, **options)
-    env.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    env.filters["base64"] = _base64
     return env
 
 
