@@ -1,4 +1,4 @@
-"""Public names of a package, imported when they are first asked for, so that importing the package costs nothing."""
+"""Public names of a package, imported when they are first asked for: importing the package costs nothing."""
 
 from collections.abc import Callable
 from importlib import import_module

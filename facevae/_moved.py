@@ -1,4 +1,4 @@
-"""Import paths of before the library had subpackages: they still work, with a DeprecationWarning, until version 0.2."""
+"""Import paths of before the subpackages: they work, with a DeprecationWarning, until version 0.2."""
 
 import importlib
 import sys
@@ -29,10 +29,18 @@ MOVED = {
     "store": ["data.store", "data.packing"],
     "sweeps": ["analysis.results"],
 }
+RENAMED = {
+    "Encoded": "EncodedFaces",
+    "Findings": "SweepAnalysis",
+    "Scores": "MetricValues",
+    "decode": "decode_latents",
+    "encode_pictures": "encode_images",
+    "tile": "labelled_rows",
+}
 
 
 class MovedModules:
-    """Finds `facevae.OLD` as a module that fetches each name from where it is now."""
+    """Finds `facevae.OLD` as a module that fetches each name from where it is, by its name of today."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -48,14 +56,13 @@ class MovedModules:
         homes = MOVED[module.__name__.partition(".")[2]]
 
         def getattribute(name: str) -> Any:
+            new = RENAMED.get(name, name)
             for home in homes:
                 found = importlib.import_module(f"facevae.{home}")
-                if hasattr(found, name):
-                    new = f"facevae.{home}"
-                    warnings.warn(
-                        f"{module.__name__}.{name} is now {new}.{name}", DeprecationWarning, stacklevel=2
-                    )
-                    return getattr(found, name)
+                if hasattr(found, new):
+                    text = f"{module.__name__}.{name} is now facevae.{home}.{new}"
+                    warnings.warn(text, DeprecationWarning, stacklevel=2)
+                    return getattr(found, new)
             raise AttributeError(
                 f"{name} is no longer in {module.__name__}; see {', '.join(homes)} in facevae"
             )

@@ -1,11 +1,12 @@
-"""What can be done with a latent space: interpolation, attribute directions, edited photographs."""
+"""What can be done with a latent space: interpolation, attribute directions, edited photos."""
 
 from .._lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "editing.latent_space": "find_directions interpolate sample_prior sample_posterior traverse",
+        "editing.photos": "reconstruct_files",
+        "editing.latent_space": "find_direction find_directions interpolate sample_posterior sample_prior traverse",
         "editing.animation": "save_gif save_mp4",
     },
 )

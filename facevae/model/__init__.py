@@ -6,7 +6,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "config": "ModelConfig",
-        "model.vae": "FaceVAE paste_background",
-        "model.losses": "loss_terms",
+        "model.inference": "Reconstruction decode_images encode_images",
+        "model.vae": "FaceVAE FaceVAEOutput paste_background",
+        "model.losses": "loss_terms weight_terms",
+        "model.keras": "load_keras",
     },
 )

@@ -1,10 +1,11 @@
-"""Label maps for photographs, by a face parser."""
+"""Label maps for photos, by a face parser."""
 
 from .._lazy import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "parsing.label_folder": "parse_folder load_parser",
+        "parsing.parser": "FaceParser",
+        "parsing.label_folder": "load_parser parse_folder",
     },
 )

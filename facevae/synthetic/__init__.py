@@ -5,6 +5,7 @@ from .._lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "synthetic.render": "SyntheticSource draw_faces",
+        "synthetic.parameters": "sample_parameters",
+        "synthetic.render": "SyntheticSource draw_faces draw_from_parameters",
     },
 )

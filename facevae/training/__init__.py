@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "training.run": "RunDirectory",
-        "training.trainer": "Trainer train",
+        "training.trainer": "Trainer sample_grid train",
         "training.evaluation": "evaluate evaluate_run",
         "training.launch": "launch",
     },
