@@ -14,7 +14,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from check_code import CODE_CHECKS, LIBRARY, NOTEBOOKS, ROOT, imports, read, source
+from check_code import CODE_CHECKS, LIBRARY, MAX_COLUMNS, NOTEBOOKS, ROOT, imports, read, source
 
 NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d", path.relative_to(ROOT / "nbs").parts[0])]
 HAND_WRITTEN = {"__init__", "_lazy", "_moved", "_modidx"}  # no notebook exports them
@@ -125,6 +125,10 @@ def notebooks_introduce_themselves():
         title, _, rest = source(read(path)["cells"][0]).partition("\n")
         if not title.startswith("# ") or title[2:] == module or not rest.strip().startswith("> "):
             yield f"{path.relative_to(ROOT)} needs a title, '# ...', and below it one sentence, '> ...'"
+            continue
+        first = LIBRARY[module].read_text(encoding="utf-8").splitlines()[0]  # the sentence, as a docstring
+        if not first.endswith('."""') or len(first) > MAX_COLUMNS:
+            yield f"{path.relative_to(ROOT)}: its sentence, '> ...', must end on its line, and fit there"
 
 
 def imports_go_downwards():

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from .claims import SweepAnalysis
-from .figures import ReportFigure, study_figures
+from .figures import ReportFigure
 from .results import Sweep, present_metrics
 from .statistics import QUESTIONS
 from facevae.analysis.tables import (
