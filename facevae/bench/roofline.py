@@ -119,7 +119,7 @@ GPU_DATA_SHEETS = {
 }
 
 
-# torch.utils.benchmark imports what compiles extensions, which warns where a CUDA build of torch finds no GPU.
+# torch.utils.benchmark imports what compiles extensions, which warns where torch for CUDA finds no GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
