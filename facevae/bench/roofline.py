@@ -8,6 +8,7 @@ __all__ = ['LAYER_PASSES', 'MATRIX_PRODUCTS', 'LAYER_KINDS', 'GPU_DATA_SHEETS', 
            'roofline_plot', 'operator_kind', 'operator_times', 'loss_only', 'profile_step', 'compare_with_roofline']
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0002
+import logging
 import os
 import re
 import time
@@ -22,7 +23,6 @@ from matplotlib.ticker import FuncFormatter
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 
 from .timing import synchronize
 from ..config import ModelConfig
@@ -119,8 +119,14 @@ GPU_DATA_SHEETS = {
 }
 
 
+# torch.utils.benchmark imports what compiles extensions, which warns where torch for CUDA finds no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def best_seconds(run: Callable[[], object], seconds: float = 0.25) -> float:
     """The least seconds that `run` takes, tried for about so many seconds; a GPU is waited for."""
+    from torch.utils.benchmark import Timer
+
     run()
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=seconds).times)
