@@ -20,7 +20,7 @@ FIVE = {
 }
 
 
-def first_picture(notebook: Path) -> Image.Image:
+def first_image(notebook: Path) -> Image.Image:
     """The first image among the outputs of a notebook."""
     for cell in read(notebook)["cells"]:
         for output in cell.get("outputs", ()):
@@ -49,6 +49,6 @@ def strip(count: int = 8, size: int = 144) -> Image.Image:
 if __name__ == "__main__":
     strip().save(IMAGES / "strip.jpg", quality=85)
     for name, notebook in FIVE.items():
-        picture = first_picture(ROOT / "nbs" / f"{notebook}.ipynb")
-        height = min(240, round(picture.height * 240 / picture.width))
-        picture.resize((240, height), Image.Resampling.LANCZOS).save(IMAGES / f"{name}.jpg", quality=85)
+        image = first_image(ROOT / "nbs" / f"{notebook}.ipynb")
+        image.thumbnail((480, 480), Image.Resampling.LANCZOS)
+        image.save(IMAGES / f"{name}.jpg", quality=80)
