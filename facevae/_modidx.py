@@ -984,8 +984,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'facevae/explore/widgets.py')},
             'facevae.launch': {},
             'facevae.metrics.filters': { 'facevae.metrics.filters._band': ('07_metrics/filters.html#_band', 'facevae/metrics/filters.py'),
-                                         'facevae.metrics.filters._make_band': ( '07_metrics/filters.html#_make_band',
-                                                                                 'facevae/metrics/filters.py'),
                                          'facevae.metrics.filters._products_are_exact': ( '07_metrics/filters.html#_products_are_exact',
                                                                                           'facevae/metrics/filters.py'),
                                          'facevae.metrics.filters.blur': ('07_metrics/filters.html#blur', 'facevae/metrics/filters.py'),

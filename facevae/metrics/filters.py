@@ -6,14 +6,14 @@
 __all__ = ['SSIM_WINDOW_SIZE', 'SSIM_SIGMA', 'SSIM_KERNEL', 'SSIM_C1', 'SSIM_C2', 'gaussian_kernel', 'blur', 'blur_by_shifts',
            'blur_by_products']
 
-# %% ../../nbs/07_metrics/00_filters.ipynb #c0003
+# %% ../../nbs/07_metrics/00_filters.ipynb #c0002
 import functools
 import math
 
 import torch
 from torch import Tensor
 
-# %% ../../nbs/07_metrics/00_filters.ipynb #d0002
+# %% ../../nbs/07_metrics/00_filters.ipynb #c0005
 @functools.cache
 def gaussian_kernel(window: int, sigma: float) -> tuple[float, ...]:
     """The `window` weights of a one-dimensional Gaussian of `sigma` pixels, adding up to 1."""
@@ -26,7 +26,7 @@ SSIM_SIGMA = 1.5  # pixels
 SSIM_KERNEL = gaussian_kernel(SSIM_WINDOW_SIZE, SSIM_SIGMA)
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for pixels in [0, 1]
 
-# %% ../../nbs/07_metrics/00_filters.ipynb #c0006
+# %% ../../nbs/07_metrics/00_filters.ipynb #c0008
 def blur(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
     """Weighted means over every `stride`-th whole window.
 
@@ -57,7 +57,9 @@ def blur_by_shifts(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> 
 
 
 def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
-    """`blur` as a product with a banded matrix on either side."""
+    """`blur` as a product with a banded matrix on either side; compiled, as shifts, which are fused."""
+    if torch.compiler.is_compiling():  # which would build the matrices anew at each step
+        return blur_by_shifts(images, taps, stride)
     with torch.autocast(images.device.type, enabled=False):
         rows, columns = (
             _band(images.shape[axis], taps, stride, images.dtype, images.device) for axis in (-2, -1)
@@ -65,13 +67,8 @@ def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -
         return rows @ (images @ columns.T)
 
 
-@torch.compiler.assume_constant_result  # or a compiled step would build it again, weight by weight
-def _band(*key) -> Tensor:
-    return _make_band(*key)
-
-
 @functools.lru_cache(64)
-def _make_band(
+def _band(
     side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The matrix (windows, side) with the weights of one window in each row."""
