@@ -49,12 +49,12 @@ from facevae.data.packing import FaceBatch, pack
 from facevae.data.sources import FolderSource, read_attributes
 from facevae.data.store import FaceStore
 from facevae.editing.photos import reconstruct_files
+from facevae.metrics.tables import load_latents, load_metrics
 from facevae.model.keras import keras_names, load_keras
 from facevae.model.vae import FaceVAE, ModelConfig
 from facevae.sweep.runner import execute_notebook
 from facevae.synthetic.render import SyntheticSource
 from facevae.training.checkpoint import BEST_FILE, load_best, load_checkpoint, save_best, save_checkpoint
-from facevae.training.evaluation import load_latents, load_metrics
 from facevae.training.run import RunDirectory
 from facevae.training.trainer import train
 
