@@ -319,21 +319,16 @@ def command(photos, out, weights, *options, **popen):
     )
 
 
+def parse_here(photos: Path, out: Path, weights: Path, *more):
+    """facevae parse-masks in this process."""
+    given = ["--images", photos, "--out", out, "--weights", weights, "--any-weights"]
+    return facevae_here("parse-masks", *given, *more)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(photos, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "labels"
-    done = facevae_here(
-        "parse-masks",
-        "--images",
-        photos,
-        "--out",
-        out,
-        "--weights",
-        weights,
-        "--any-weights",
-        "--batch-size",
-        2,
-    )
+    done = parse_here(photos, out, weights, "--batch-size", 2)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -357,26 +352,13 @@ def test_interrupted_killed_and_resumed(photos, weights, undisturbed, tmp_path):
     process = command(photos, out, weights)
     until_labelled(out, min(len(list(out.rglob("*.png"))), 10) + 1, process)
     os.kill(process.pid, signal.SIGSTOP)  # it is still there, and holds the directory
-    second = facevae_here(
-        "parse-masks", "--images", photos, "--out", out, "--weights", weights, "--any-weights"
-    )
+    second = parse_here(photos, out, weights)
     assert second.returncode == 1 and "Another process" in second.stderr
     process.kill()
     process.communicate()
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.png") if is_whole(path)}
     assert 3 <= len(done) < 14 and not json.loads((out / "parsing.json").read_text())["complete"]
-    after = facevae_here(
-        "parse-masks",
-        "--images",
-        photos,
-        "--out",
-        out,
-        "--weights",
-        weights,
-        "--any-weights",
-        "--batch-size",
-        2,
-    )
+    after = parse_here(photos, out, weights, "--batch-size", 2)
     assert after.returncode == 0 and "14 label maps" in after.stdout, after.stderr
     assert all(path.stat().st_mtime_ns == written for path, written in done.items()), (
         "something was parsed twice"
