@@ -144,10 +144,17 @@ def cli_ablate(
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="Use the Dask cluster whose scheduler is at this address: tcp://host:8786."),
+        typer.Option(help="Use the Dask cluster whose scheduler is at this address: tls://host:8786."),
     ] = None,
     scheduler_file: Annotated[
         Path | None, typer.Option(help="Use the Dask cluster that this scheduler file names.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Certificate of the authority that the cluster's machines trust.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate to show to the cluster.")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its key. [default: in the file of --tls-cert]")
     ] = None,
     only: Annotated[str | None, typer.Option(help="Only this part of the sweep: H1,H6 or H9:seed1.")] = None,
     retry_failed: Annotated[
@@ -162,6 +169,9 @@ def cli_ablate(
 
     if scheduler and scheduler_file:
         raise FaceVAEError("--scheduler and --scheduler-file both name a cluster. Give one of them.")
+    tls = {kind: file for kind, file in (("ca", tls_ca), ("cert", tls_cert), ("key", tls_key)) if file}
+    if tls and not (scheduler or scheduler_file):
+        raise FaceVAEError("--tls-ca, --tls-cert and --tls-key are for a cluster. Name it with --scheduler.")
     seed_list = None if seeds is None else parse_seeds(seeds)
     overrides = parse_settings(settings or [])
     runs = plan_sweep(data, out, hypotheses, seed_list, preset, overrides, only, accept_code)
@@ -171,6 +181,7 @@ def cli_ablate(
         workers,
         scheduler=scheduler,
         scheduler_file=scheduler_file,
+        tls=tls,
         retry_failed=retry_failed,
         accept_code=accept_code,
     )

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTENT_SECURITY_POLICY', 'MAX_UPLOAD_BYTES', 'IDLE_TIMEOUT', 'short_model_name', 'open_models', 'open_explorer',
-           'check_inputs', 'bind_socket', 'set_parameters', 'ThisPython', 'make_server', 'serve_explorer']
+           'check_inputs', 'bind_socket', 'set_parameters', 'ThisPython', 'make_server', 'write_redirect',
+           'serve_explorer']
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0002
 import contextlib
@@ -25,7 +26,7 @@ import typer
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from traitlets.config import Config
 
-from ..core import FaceVAEError, notebook_path
+from ..core import FaceVAEError, notebook_path, temporary_directory
 from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
 from .explorer import LatentExplorer
@@ -236,6 +237,15 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
     return page
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0014
+def write_redirect(file: Path, address: str) -> str:
+    """Write a page for this user alone that leads on to an address; returns the file's own address."""
+    file.touch(0o600, exist_ok=False)
+    file.write_text(
+        f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8"
+    )
+    return file.as_uri()
+
+
 def serve_explorer(
     model: str, data: str = "", compare: str = "", port: int = 8866, browser: bool = True
 ) -> None:
@@ -255,16 +265,15 @@ def serve_explorer(
     token = secrets.token_urlsafe(24)
     bound = bind_socket(port)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}/?token={token}"
+    with contextlib.closing(bound), temporary_directory() as folder:
 
-    def started() -> None:
-        typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")
-        if browser:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        def started() -> None:
+            typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")
+            if browser:
+                link = write_redirect(folder / "explorer.html", address)
+                threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-    try:
         page = make_server(bound, names, token)
-        page.started = started
+        page.started, page.connection_dir_root = started, str(folder)
         check_inputs(**names)
         page.start()
-    finally:
-        bound.close()

@@ -392,6 +392,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 log.restart_clock(done)
             if main and (done % config.checkpoint_every == 0 or last):
                 watch.check()
+                run.sync_log()
                 save_checkpoint(run.checkpoints, done, trainer.vae, trainer.optimizer, state)
         log.bar.close()
         if main:
