@@ -486,6 +486,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'facevae.core._prefix': ('core.html#_prefix', 'facevae/core.py'),
                               'facevae.core._publish': ('core.html#_publish', 'facevae/core.py'),
                               'facevae.core._replace_directory': ('core.html#_replace_directory', 'facevae/core.py'),
+                              'facevae.core._settle': ('core.html#_settle', 'facevae/core.py'),
                               'facevae.core.atomic_directory': ('core.html#atomic_directory', 'facevae/core.py'),
                               'facevae.core.atomic_file': ('core.html#atomic_file', 'facevae/core.py'),
                               'facevae.core.bundled_models': ('core.html#bundled_models', 'facevae/core.py'),

@@ -227,6 +227,20 @@ def sync(path: str | Path) -> None:
                 raise
 
 
+def _settle(partial: Path) -> None:
+    """Have the disk hold a file or directory, its files with the permissions that the system gives new ones.
+
+    Some libraries put a file in place that they have made with others.
+    """
+    mode = (partial.parent / "lock").stat().st_mode
+    for place, _, files in os.walk(partial) if partial.is_dir() else [(partial.parent, [], [partial.name])]:
+        for file in (os.path.join(place, name) for name in files):
+            if os.stat(file).st_mode != mode:
+                os.chmod(file, stat.S_IMODE(mode))
+            sync(file)
+        sync(place)
+
+
 def _publish(partial: Path, path: Path, overwrite: bool = True) -> None:
     """Give what is whole its name. overwrite: replace what is there."""
     check_guards(path)
@@ -249,11 +263,8 @@ def atomic_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         with _mendable(path):
             partial = stack.enter_context(temporary_beside(path)) / "new"
             partial.touch()
-        mode = partial.stat().st_mode  # as the system gives it; some libraries put another file in its place
         yield partial
-        if partial.stat().st_mode != mode:
-            partial.chmod(stat.S_IMODE(mode))
-        sync(partial)
+        _settle(partial)
         with _mendable(path) if overwrite else contextlib.nullcontext():
             _publish(partial, path, overwrite)
         sync(path.parent)
@@ -322,9 +333,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             partial = stack.enter_context(temporary_beside(path)) / "new"
             partial.mkdir()
         yield partial
-        for place, _, files in os.walk(partial, topdown=False):
-            for name in [*files, "."]:
-                sync(os.path.join(place, name))
+        _settle(partial)
         with _mendable(path):
             if not overwrite or not os.path.lexists(path):
                 _publish(partial, path)  # fails when somebody else has filled it meanwhile

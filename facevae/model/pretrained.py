@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from facevae.core import (
     COMPANION_FILES,
     FaceVAEError,
+    atomic_file,
     bundled_models,
     model_folder,
     printable,
@@ -264,10 +265,11 @@ class Pretrained(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory = Path(save_directory)
-        for name in (*MODEL_FILES, *COMPANION_FILES):  # never through a link
-            if (save_directory / name).is_symlink():
-                (save_directory / name).unlink()
         save_tensors(save_directory / "model.safetensors", self.state_dict())
         directions = self.folder and self.folder / COMPANION_FILES[1]
         if directions and directions.is_file() and not self.folder.samefile(save_directory):
-            shutil.copyfile(directions, save_directory / directions.name)
+            with atomic_file(save_directory / directions.name) as partial:
+                shutil.copyfile(directions, partial)
+        card = save_directory / "README.md"
+        if card.is_symlink() and not card.exists():  # it would be written where the link leads
+            card.unlink()

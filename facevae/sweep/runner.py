@@ -123,7 +123,13 @@ def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> No
             cwd=os.getcwd(),
             # Two kernels that start at once may pick the same network ports, and one of them dies;
             # files cannot collide.
-            config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            config=Config(
+                KernelManager={
+                    "transport": "ipc",
+                    "ip": f"{sockets}/kernel",
+                    "connection_file": f"{sockets}/kernel.json",
+                }
+            ),
         )
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0008
