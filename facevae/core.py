@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
            'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'no_follow', 'file_lock', 'machine_id',
-           'discard', 'remove_leftovers', 'temporary_beside', 'temporary_directory', 'sync', 'atomic_file',
-           'write_text', 'write_quickly', 'restore_directory', 'atomic_directory', 'file_digest', 'progress_bar',
-           'bundled_models', 'model_folder', 'notebook_path']
+           'discard', 'remove_leftovers', 'temporary_beside', 'private_directory', 'sync', 'atomic_file', 'write_text',
+           'write_quickly', 'restore_directory', 'atomic_directory', 'file_digest', 'progress_bar', 'bundled_models',
+           'model_folder', 'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
@@ -78,12 +78,12 @@ def choices_hint(name: str, options: Iterable[str]) -> str:
     return (f"Did you mean '{similar[0]}'? " if similar else "") + f"Choose from: {', '.join(options)}."
 
 # %% ../nbs/00_core.ipynb #c0014
-# Directory, resolved: what is called before anything below it is replaced.
+# Directory, resolved: what is called before anything below it is made or replaced.
 REPLACE_GUARDS: dict[str, Callable[[], None]] = {}
 
 
 def check_guards(path: str | Path) -> None:
-    """Let whoever guards a directory refuse, by raising, that something below it is replaced now."""
+    """Let whoever guards a directory refuse, by raising, that something below it is made or replaced now."""
     real = Path(os.path.realpath(path))
     for folder, check in list(REPLACE_GUARDS.items()):
         if real.is_relative_to(folder):
@@ -198,6 +198,7 @@ _CLEARED: set[str] = set()  # directories whose leftovers this process has remov
 
 def temporary_beside(path: Path) -> contextlib.AbstractContextManager[Path]:
     """A temporary directory beside a path, for what is to become it; its directory is made when missing."""
+    check_guards(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = os.path.abspath(path.parent)
     if parent not in _CLEARED:
@@ -207,9 +208,12 @@ def temporary_beside(path: Path) -> contextlib.AbstractContextManager[Path]:
 
 
 @contextlib.contextmanager
-def temporary_directory() -> Iterator[Path]:
-    """A directory for temporary files that only this user can enter; removed at the end."""
-    parent = Path(tempfile.gettempdir())
+def private_directory(parent: str | Path | None = None) -> Iterator[Path]:
+    """A directory for temporary files that only this user can enter; removed at the end.
+
+    parent: where it is made (default: where temporary files go).
+    """
+    parent = Path(parent or tempfile.gettempdir())
     remove_leftovers(parent / "facevae", "facevae-")
     with _locked_directory(parent, "facevae-", "", 0o700) as folder:
         yield folder

@@ -23,7 +23,7 @@ from .roofline import measure_peaks
 from .timing import Workload, machine_info, peak_memory, time_interleaved
 from .workloads import Recipe, measure_steps, measure_store_opening, result_row
 from ..config import RunConfig, make_config
-from ..core import FaceVAEError, choices_hint, progress_bar, temporary_directory, write_text
+from ..core import FaceVAEError, choices_hint, private_directory, progress_bar, write_text
 from ..data.packing import pack
 from ..data.sources import FolderSource
 from ..data.store import FaceStore
@@ -196,7 +196,7 @@ def run_benchmark(
     }
     reported = set()
     with (
-        temporary_directory() as scratch,
+        private_directory() as scratch,
         progress_bar(0, "bench", "", progress) as bar,
     ):
         bar.bar_format = "{desc} [{elapsed}]"

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
-from ..core import FaceVAEError, atomic_file, temporary_directory
+from ..core import FaceVAEError, atomic_file, private_directory
 from ..data.store import FaceStore
 from ..editing.animation import save_gif, to_frames
 from ..editing.latent_space import interpolate
@@ -315,7 +315,7 @@ class LatentExplorer(widgets.VBox):
     def _save_gif(self, _=None) -> None:
         frames, name = self.frames()
         self.message.show("Making the GIF …")
-        with temporary_directory() as folder:
+        with private_directory() as folder:
             film = save_gif(to_frames(frames, boomerang=True), folder / "film.gif")
             self._offer(film.read_bytes(), name)
 

@@ -26,7 +26,7 @@ import typer
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from traitlets.config import Config
 
-from ..core import FaceVAEError, notebook_path, temporary_directory
+from ..core import FaceVAEError, notebook_path, private_directory
 from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
 from .explorer import LatentExplorer
@@ -265,7 +265,7 @@ def serve_explorer(
     token = secrets.token_urlsafe(24)
     bound = bind_socket(port)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}/?token={token}"
-    with contextlib.closing(bound), temporary_directory() as folder:
+    with contextlib.closing(bound), private_directory() as folder:
 
         def started() -> None:
             typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import FaceVAEError, atomic_file, notebook_path, temporary_directory, write_text
+from ..core import FaceVAEError, atomic_file, notebook_path, private_directory, write_text
 from facevae.training.lock import (
     STALE_HEARTBEATS,
     LockBusy,
@@ -112,7 +112,7 @@ def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> No
     import papermill
     from traitlets.config import Config
 
-    with temporary_directory() as sockets:
+    with private_directory() as sockets:
         papermill.execute_notebook(
             str(source),
             str(output),
@@ -123,13 +123,7 @@ def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> No
             cwd=os.getcwd(),
             # Two kernels that start at once may pick the same network ports, and one of them dies;
             # files cannot collide.
-            config=Config(
-                KernelManager={
-                    "transport": "ipc",
-                    "ip": f"{sockets}/kernel",
-                    "connection_file": f"{sockets}/kernel.json",
-                }
-            ),
+            config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
         )
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0008
