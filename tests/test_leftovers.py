@@ -18,9 +18,9 @@ from facevae.core import (
     FaceVAEError,
     atomic_directory,
     atomic_file,
+    private_directory,
     remove_leftovers,
     restore_directory,
-    private_directory,
     write_text,
 )
 from facevae.training.lock import LockBusy, acquire, is_locked, newest_lock
