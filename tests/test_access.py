@@ -38,11 +38,15 @@ def train_and_evaluate(store, run) -> None:
 
 
 @contextmanager
-def command(*arguments, **variables):
+def command(cwd, *arguments, **variables):
     """A facevae command at work; its process, and what it has printed so far. Ended like by Ctrl-C."""
     environment = os.environ | variables
     process = subprocess.Popen(
-        [COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        [COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=cwd,
     )
     os.set_blocking(process.stdout.fileno(), False)
     said = []
@@ -61,7 +65,7 @@ def command(*arguments, **variables):
             process.kill()
 
 
-def wait_until(condition, at_work=None, seconds: float = 60):
+def wait_until(condition, at_work=None, seconds: float = 120):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end and (at_work is None or at_work.process.poll() is None), (
@@ -81,8 +85,7 @@ def family(process) -> list[psutil.Process]:
 
 def test_a_sweep_on_one_machine_opens_no_port(store, stand_in, tmp_path):
     """Not in the command, nor in the processes of its runs, nor in their kernels."""
-    runtime = tmp_path / "runtime"
-    arguments = (
+    sweep_of = (
         "ablate",
         "--data",
         store,
@@ -94,13 +97,7 @@ def test_a_sweep_on_one_machine_opens_no_port(store, stand_in, tmp_path):
         2,
     )
     settings = ("--set", "steps=100", "--set", "log_every=1", "--set", "checkpoint_every=5")
-    with command(
-        *arguments,
-        *settings,
-        PYTHONPATH=str(stand_in),
-        JUPYTER_RUNTIME_DIR=str(runtime),
-        TMPDIR=str(tmp_path),
-    ) as sweep:
+    with command(tmp_path, *sweep_of, *settings, PYTHONPATH=str(stand_in)) as sweep:
         runs = [RunDirectory(tmp_path / "sweep" / name / "seed0") for name in ("H3", "H5")]
         wait_until(lambda: all(run.status.get("step", 0) > 2 for run in runs), sweep)
         members = family(sweep.process)
@@ -216,7 +213,7 @@ def test_the_token_is_in_no_command_line(tmp_path):
     opened, temporary = tmp_path / "opened", tmp_path / "tmp"
     temporary.mkdir()
     variables = dict(BROWSER=f"{browser} %s", OPENED=str(opened), TMPDIR=str(temporary))
-    with command("explore", "--port", "0", **variables) as explore:
+    with command(tmp_path, "explore", "--port", "0", **variables) as explore:
         wait_until(opened.exists, explore)
         token = explore.output().split("token=")[1].split()[0]
         lines = b"".join(path.read_bytes() for path in _command_lines())
@@ -279,8 +276,9 @@ RUN_NAMES += [
 
 
 @pytest.mark.parametrize("name", RUN_NAMES)
-def test_nothing_is_written_through_a_link_in_a_run(store, finished, tmp_path, name):
+def test_nothing_is_written_through_a_link_in_a_run(store, finished, tmp_path, monkeypatch, name):
     """Whatever of a stranger's run leads elsewhere: going on with it changes nothing there."""
+    monkeypatch.setenv("FACEVAE_HEARTBEAT", "0.05")
     from facevae.sweep.plan import plan_sweep
     from facevae.sweep.runner import execute_run
 
@@ -291,7 +289,8 @@ def test_nothing_is_written_through_a_link_in_a_run(store, finished, tmp_path, n
         old.unlink()
     fields = json.loads((run / "status.json").read_text())
     write_text(run / "status.json", json.dumps(fields | {"state": "interrupted"}))
-    replace_by_link(run / name, tmp_path / "elsewhere" / "thing")
+    for number, one in enumerate(name.split(" ")):
+        replace_by_link(run / one, tmp_path / "elsewhere" / str(number))
     before = contents(tmp_path / "elsewhere")
     try:
         plan_sweep(store, sweep, ["H3"], overrides=SMALL)
@@ -413,6 +412,7 @@ def test_a_frozen_process_of_the_run_is_killed(tmp_path, monkeypatch, how):
         if parent:  # as if it had been killed
             parent._released.set()
             parent.file_lock.release()
+        time.sleep(1)  # more than twelve heartbeats
         with acquire(tmp_path) as lock:
             assert lock.number == 2 and lock.content["process"] == current_process()
         assert frozen.wait(5) == -signal.SIGKILL
@@ -424,7 +424,7 @@ def test_a_frozen_process_of_the_run_is_killed(tmp_path, monkeypatch, how):
 # Permissions
 
 
-@pytest.fixture(params=[0o022, 0o002, 0o027], ids=oct)
+@pytest.fixture(params=[0o002, 0o027], ids=oct)
 def umask(request):
     before = os.umask(request.param)
     yield request.param

@@ -27,9 +27,10 @@ from facevae.training.lock import LockBusy, acquire, is_locked, newest_lock
 
 
 def forked(function) -> int:
-    """Run a function in a process of its own; its exit code, negative for a signal."""
+    """Run a function in a process of its own, as a new command; its exit code, negative for a signal."""
     pid = os.fork()
     if not pid:
+        core._CLEARED.clear()
         try:
             function()
         finally:
@@ -85,7 +86,7 @@ def test_a_replaced_directory_is_whole_whenever_its_process_is_killed(tmp_path, 
     assert names(tmp_path) == ["model"], "what was left is gone"
 
 
-def test_a_store_comes_back_that_was_just_being_replaced(store, tmp_path):
+def test_a_store_comes_back_that_was_just_being_replaced(tmp_path):
     out = tmp_path / "store"
     again = ("pack", "synthetic", "--count", 20, "--size", 36, "--out", out, "--overwrite")
     assert facevae_here(*again[:-1]).returncode == 0

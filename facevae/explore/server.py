@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTENT_SECURITY_POLICY', 'MAX_UPLOAD_BYTES', 'IDLE_TIMEOUT', 'short_model_name', 'open_models', 'open_explorer',
-           'check_inputs', 'bind_socket', 'set_parameters', 'ThisPython', 'make_server', 'write_redirect',
-           'serve_explorer']
+           'check_inputs', 'bind_socket', 'set_parameters', 'make_server', 'write_redirect', 'serve_explorer']
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0002
 import contextlib
@@ -23,7 +22,6 @@ from pathlib import Path
 import psutil
 import torch
 import typer
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from traitlets.config import Config
 
 from ..core import FaceVAEError, notebook_path, private_directory
@@ -31,6 +29,7 @@ from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
 from .explorer import LatentExplorer
 from ..model.vae import FaceVAE
+from ..system import kernel_specs
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0004
 def short_model_name(model: str) -> str:
@@ -119,14 +118,6 @@ def set_parameters(notebook, parameters: dict[str, str]):
     return notebook
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0008
-class ThisPython(KernelSpecManager):
-    """The kernel is this Python, whatever kernels the machine has registered under the notebook's name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, display_name=kernel_name, language="python")
-
-
 def _page_class() -> type:
     """Voilà on a socket that is bound already. Raises FaceVAEError without Voilà."""
     try:
@@ -230,7 +221,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
         "@voila-dashboards/widgets-manager8",
     ]
     settings.allow_template_override = settings.allow_theme_override = "NO"
-    settings.kernel_spec_manager_class = ThisPython
+    settings.kernel_spec_manager_class = kernel_specs()
     settings.prelaunch_hook = prelaunch
     # The server's ping intervals, which no user chose, are no warning for one.
     logging.getLogger("tornado.general").setLevel(logging.ERROR)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import FaceVAEError, atomic_file, notebook_path, private_directory, write_text
+from ..system import kernel_specs
 from facevae.training.lock import (
     STALE_HEARTBEATS,
     LockBusy,
@@ -110,7 +111,14 @@ def execute_notebook(name: str, output: str | Path, parameters: dict[str, Any]) 
 
 def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> None:
     import papermill
+    from jupyter_client import AsyncKernelManager
+    from traitlets import default
     from traitlets.config import Config
+
+    class Manager(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _this_python(self):
+            return kernel_specs()(parent=self)
 
     with private_directory() as sockets:
         papermill.execute_notebook(
@@ -118,8 +126,8 @@ def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> No
             str(output),
             parameters=parameters,
             progress_bar=False,
-            # This Python, whatever kernels the machine has registered under the notebook's name.
             kernel_name="python3",
+            kernel_manager_class=Manager,
             cwd=os.getcwd(),
             # Two kernels that start at once may pick the same network ports, and one of them dies;
             # files cannot collide.

@@ -64,7 +64,7 @@ def newest_lock(path: str | Path) -> tuple[int, dict[str, Any], float]:
         names = [name for name in os.listdir(folder) if re.fullmatch(r"\d{6,9}\.json", name)]
         number = max((int(name.removesuffix(".json")) for name in names), default=0)
         file = folder / f"{number:06d}.json"
-        heartbeat = file.stat().st_mtime
+        heartbeat = file.lstat().st_mtime
     except OSError:
         return 0, {}, 0.0
     try:
