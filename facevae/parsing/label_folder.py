@@ -80,12 +80,13 @@ def exclusive(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     lock = file_lock(out / ".lock")
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise FaceVAEError(
             f"Another process is writing label maps to '{out}'. Wait for it, or choose another --out."
         ) from None
+    except OSError:
+        pass  # a file system without locks
     try:
         yield
     finally:
