@@ -67,12 +67,11 @@ def command(cwd, *arguments, **variables):
 
 def wait_until(condition, at_work=None, seconds: float = 120):
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not condition():
         assert time.monotonic() < end and (at_work is None or at_work.process.poll() is None), (
             at_work.output() if at_work else "too late"
         )
         time.sleep(0.05)
-    return found
 
 
 def family(process) -> list[psutil.Process]:

@@ -14,7 +14,6 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import threading
 import webbrowser
 from pathlib import Path
