@@ -4,24 +4,36 @@
 
 # %% auto #0
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
-           'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'partial_prefix', 'atomic_file', 'write_text',
-           'atomic_directory', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder', 'notebook_path']
+           'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'no_follow', 'file_lock', 'machine_id',
+           'discard', 'remove_leftovers', 'temporary_beside', 'private_directory', 'sync', 'atomic_file', 'write_text',
+           'write_quickly', 'restore_directory', 'atomic_directory', 'file_digest', 'progress_bar', 'bundled_models',
+           'model_folder', 'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
 import difflib
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import os
 import re
+import secrets
 import shutil
+import socket
+import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
+from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # %% ../nbs/00_core.ipynb #c0004
 def printable(text: str) -> str:
@@ -66,27 +78,16 @@ def choices_hint(name: str, options: Iterable[str]) -> str:
     return (f"Did you mean '{similar[0]}'? " if similar else "") + f"Choose from: {', '.join(options)}."
 
 # %% ../nbs/00_core.ipynb #c0014
-# Directory, resolved: what is called before anything below it is replaced.
+# Directory, resolved: what is called before anything below it is made or replaced.
 REPLACE_GUARDS: dict[str, Callable[[], None]] = {}
 
 
 def check_guards(path: str | Path) -> None:
-    """Let whoever guards a directory refuse, by raising, that something below it is replaced now."""
+    """Let whoever guards a directory refuse, by raising, that something below it is made or replaced now."""
     real = Path(os.path.realpath(path))
     for folder, check in list(REPLACE_GUARDS.items()):
         if real.is_relative_to(folder):
             check()
-
-
-_UMASK = os.umask(0)  # asked once: asking changes it for a moment, in which other threads may make files
-os.umask(_UMASK)
-
-
-def _publish(partial: Path, path: Path, mode: int) -> None:
-    """Rename a temporary file or directory, with the permissions that a plain open() or mkdir() gives."""
-    check_guards(path)
-    partial.chmod(mode & ~_UMASK)
-    os.replace(partial, path)
 
 
 _BLOCKING = "EISDIR ENOTDIR EEXIST ENOTEMPTY ENAMETOOLONG EACCES EPERM EROFS ELOOP"
@@ -101,38 +102,176 @@ def _mendable(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in BLOCKING_ERRNOS:
             raise
+        problem = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise FaceVAEError(
-            f"'{path}' cannot be written ({error.strerror}). "
-            "Remove what is in its way, or choose another place."
+            f"'{path}' cannot be written ({problem}). Remove what is in its way, or choose another place."
         ) from error
 
 
-def partial_prefix(path: Path) -> str:
-    """How the names of temporary files and directories beside `path` begin; a long name is cut."""
-    return f".{path.name.encode(errors='surrogateescape')[:200].decode(errors='ignore')}."
+def no_follow(path: str | Path, flags: int) -> int:
+    """For `open(opener=...)`: neither follow a link in the place of a file, nor wait for a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def file_lock(path: str | Path) -> "FileLock":
+    """The system's lock on a file, which is made when missing; to be acquired, in whichever thread.
+
+    Raises FaceVAEError when something stands in the file's way, such as a link.
+    """
+    from filelock import FileLock  # here: it takes a tenth of a second to import
+
+    with _mendable(Path(path)):
+        open(path, "a", opener=no_follow).close()
+    return FileLock(path, thread_local=False, fallback_to_soft=False)
+
+
+def machine_id() -> str:
+    """What tells this running machine from every other: the identity of its last start, or else its name."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+# %% ../nbs/00_core.ipynb #c0015
+_DAY = 86400
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` when the block ends well, and vanishes when it does not.
+def _locked_directory(parent: Path, prefix: str, suffix: str, mode: int = 0o777) -> Iterator[Path]:
+    """A new directory that is removed at the end, or by a later command when this process is killed."""
+    folder = parent / f"{prefix}{secrets.token_hex(4)}{suffix}"
+    folder.mkdir(mode)
+    try:
+        with open(folder / "lock", "x") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(machine_id())
+            lock.flush()
+            yield folder
+    finally:
+        discard(folder)
+
+
+def _is_left(folder: Path, own: bool) -> bool:
+    """Whether a temporary directory was left behind. own: also one that was never locked."""
+    try:
+        with open(folder / "lock", "r+", opener=no_follow) as lock:
+            here, age = lock.read(100) == machine_id(), time.time() - os.fstat(lock.fileno()).st_mtime
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+        return here or age > _DAY
+    except FileNotFoundError:  # it was made this moment, or by an earlier version
+        return own and (any(folder.iterdir()) or time.time() - folder.stat().st_mtime > 60)
+
+
+def discard(folder: Path) -> None:
+    """Remove a temporary directory; what was moved aside into it goes back, unless its place is taken."""
+    aside = folder if folder.suffix == ".old" else folder / "old"
+    for kept in [] if aside.is_symlink() or not aside.is_dir() else list(aside.iterdir()):
+        if not os.path.lexists(folder.parent / kept.name):
+            os.replace(kept, folder.parent / kept.name)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(path: Path) -> str:
+    """How the names of temporary directories for `path` begin; a long name is cut."""
+    return f".{path.name.encode(errors='surrogateescape')[:200].decode(errors='ignore')}."
+
+
+def remove_leftovers(path: str | Path, prefix: str | None = None) -> None:
+    """Remove temporary directories of this user that killed commands have left beside a path.
+
+    prefix: how their names begin (default: as for whatever is made beside it).
+    """
+    path = Path(path)
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in list(entries):
+            if not (entry.name.startswith(prefix) if prefix else entry.name.endswith((".partial", ".old"))):
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                own = prefix is None and entry.name.startswith(_prefix(path))
+                mine = entry.stat(follow_symlinks=False).st_uid == os.getuid()
+                if entry.is_dir(follow_symlinks=False) and mine and _is_left(Path(entry.path), own):
+                    discard(Path(entry.path))
+
+
+_CLEARED: set[str] = set()  # directories whose leftovers this process has removed
+
+
+def temporary_beside(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """A temporary directory beside a path, for what is to become it; its directory is made when missing."""
+    check_guards(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.path.abspath(path.parent)
+    if parent not in _CLEARED:
+        remove_leftovers(path)
+        _CLEARED.add(parent)
+    return _locked_directory(path.parent, _prefix(path), ".partial")
+
+
+@contextlib.contextmanager
+def private_directory(parent: str | Path | None = None) -> Iterator[Path]:
+    """A directory for temporary files that only this user can enter; removed at the end.
+
+    parent: where it is made (default: where temporary files go).
+    """
+    parent = Path(parent or tempfile.gettempdir())
+    remove_leftovers(parent / "facevae", "facevae-")
+    with _locked_directory(parent, "facevae-", "", 0o700) as folder:
+        yield folder
+
+
+def sync(path: str | Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EACCES):  # a directory not to be flushed, or read
+                raise
+
+
+def _settle(partial: Path) -> None:
+    """Have the disk hold a file or directory, its files with the permissions that the system gives new ones.
+
+    Some libraries put a file in place that they have made with others.
+    """
+    mode = (partial.parent / "lock").stat().st_mode
+    for place, _, files in os.walk(partial) if partial.is_dir() else [(partial.parent, [], [partial.name])]:
+        for file in (os.path.join(place, name) for name in files):
+            if os.stat(file).st_mode != mode:
+                os.chmod(file, stat.S_IMODE(mode))
+            sync(file)
+        sync(place)
+
+
+def _publish(partial: Path, path: Path, overwrite: bool = True) -> None:
+    """Give what is whole its name. overwrite: replace what is there."""
+    check_guards(path)
+    if overwrite:
+        os.replace(partial, path)
+    else:
+        os.link(partial, path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
     path: the file to write; its directory is made when missing, and a link is replaced, not followed.
+    overwrite: replace what is there; else it is a FileExistsError.
     Raises FaceVAEError when something stands in its way.
     """
     path = Path(path)
-    with _mendable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=partial_prefix(path), suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+    with contextlib.ExitStack() as stack:
         with _mendable(path):
-            _publish(partial, path, 0o666)
-    finally:
-        partial.unlink(missing_ok=True)
+            partial = stack.enter_context(temporary_beside(path)) / "new"
+            partial.touch()
+        yield partial
+        _settle(partial)
+        with _mendable(path) if overwrite else contextlib.nullcontext():
+            _publish(partial, path, overwrite)
+        sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -141,18 +280,41 @@ def write_text(path: str | Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #c0018
+
+def write_quickly(path: Path, data: bytes) -> None:
+    """Write one of thousands of small files, so that it appears whole, without waiting for the disk.
+
+    Only one process may write it at a time; what a killed one has left of it is replaced.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:  # never through a link
+        file.write(data)
+    os.replace(partial, path)
+
+# %% ../nbs/00_core.ipynb #c0019
 def _replace_directory(partial: Path, path: Path) -> None:
     """Publish a directory in place of another, which is moved aside first: one of them is always whole."""
-    aside = Path(tempfile.mkdtemp(prefix=partial_prefix(path), suffix=".old", dir=path.parent))
+    aside = partial.parent / "old"
+    aside.mkdir()
     os.replace(path, aside / path.name)
-    try:
-        _publish(partial, path, 0o777)
-    except BaseException:
-        os.replace(aside / path.name, path)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    _publish(partial, path)  # when this fails, `discard` puts back what was moved aside
+
+
+def restore_directory(path: str | Path) -> None:
+    """Put a directory back whose replacement was killed half-way; does nothing where something is.
+
+    Raises FaceVAEError, saying where it lies, when it cannot be put back.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        remove_leftovers(path)
+    asides = path.parent.glob(f"{escape(_prefix(path))}*/old/{escape(path.name)}") if path.name else ()
+    if not os.path.lexists(path) and (aside := next(iter(asides), None)):
+        raise FaceVAEError(
+            f"'{path}' is just being replaced, or the command that did was killed. What was there lies in "
+            f"'{aside}': wait a moment, or move it back."
+        )
 
 
 @contextlib.contextmanager
@@ -164,31 +326,32 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises FaceVAEError when `path` exists, is not an empty directory, and `overwrite` is off.
     """
     path = Path(path)
+    restore_directory(path)
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if os.path.lexists(path) and not empty and not overwrite:
         raise FaceVAEError(
             f"'{path}' already exists. Choose another --out, or pass --overwrite to replace it."
         )
-    with _mendable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=partial_prefix(path), suffix=".partial", dir=path.parent))
-    try:
+    with contextlib.ExitStack() as stack:
+        with _mendable(path):
+            partial = stack.enter_context(temporary_beside(path)) / "new"
+            partial.mkdir()
         yield partial
+        _settle(partial)
         with _mendable(path):
             if not overwrite or not os.path.lexists(path):
-                _publish(partial, path, 0o777)  # fails when somebody else has filled it meanwhile
+                _publish(partial, path)  # fails when somebody else has filled it meanwhile
             else:
                 _replace_directory(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)
 
-# %% ../nbs/00_core.ipynb #c0022
+# %% ../nbs/00_core.ipynb #c0023
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #c0025
+# %% ../nbs/00_core.ipynb #c0026
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 
@@ -201,10 +364,10 @@ def progress_bar(total: int, description: str, unit: str, shown: bool = True, do
     options = dict(desc=description, unit=unit, disable=not shown, smoothing=0.05, mininterval=interval)
     return tqdm(total=total, initial=done, **options)
 
-# %% ../nbs/00_core.ipynb #c0027
+# %% ../nbs/00_core.ipynb #c0028
 PASSIVE_THREADS_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-# %% ../nbs/00_core.ipynb #c0029
+# %% ../nbs/00_core.ipynb #c0030
 DEFAULT_MODEL = "drawn-faces"  # H9 at 72 pixels
 # What may lie beside the weights: the card, and directions in the latent space.
 COMPANION_FILES = ("README.md", "directions.safetensors")
@@ -220,7 +383,7 @@ def model_folder(path: str | Path) -> Path:
     """The folder of a bundled model when `path` is its name and nothing is called so; else the path."""
     return Path(path) if os.path.lexists(path) else bundled_models().get(str(path), Path(path))
 
-# %% ../nbs/00_core.ipynb #c0032
+# %% ../nbs/00_core.ipynb #c0033
 def notebook_path(name: str) -> Path:
     """Path of a notebook that is part of the package: "train", "figures" or "explore".
 

@@ -36,7 +36,7 @@ IMPORTS = {
     "sweep": "core safe_io system data config training",
     "analysis": "core plotting safe_io data metrics model training sweep",
     "editing": "core data model",
-    "explore": "core data synthetic model editing",
+    "explore": "core system data synthetic model editing",
     "bench": "core plotting system data synthetic config metrics model training",
     "cli": "core system data synthetic parsing config model training sweep editing explore bench",
     "launch": "training",  # python -m facevae.launch

@@ -9,7 +9,6 @@ __all__ = ['MEASUREMENTS', 'RECIPE_SIZES', 'BENCHMARK_IMAGES', 'NEEDS_FILES', 'T
 # %% ../../nbs/14_bench/04_benchmark.ipynb #c0002
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from .roofline import measure_peaks
 from .timing import Workload, machine_info, peak_memory, time_interleaved
 from .workloads import Recipe, measure_steps, measure_store_opening, result_row
 from ..config import RunConfig, make_config
-from ..core import FaceVAEError, choices_hint, progress_bar, write_text
+from ..core import FaceVAEError, choices_hint, private_directory, progress_bar, write_text
 from ..data.packing import pack
 from ..data.sources import FolderSource
 from ..data.store import FaceStore
@@ -197,7 +196,7 @@ def run_benchmark(
     }
     reported = set()
     with (
-        tempfile.TemporaryDirectory(prefix="facevae-bench-") as scratch,
+        private_directory() as scratch,
         progress_bar(0, "bench", "", progress) as bar,
     ):
         bar.bar_format = "{desc} [{elapsed}]"
@@ -207,7 +206,7 @@ def run_benchmark(
             bar.set_description_str(f"bench: {text}", refresh=sys.stderr.isatty() or new)
             reported.add(text)
 
-        rows, attrs = _measure(only, configs, seconds, steps, Path(scratch), report)
+        rows, attrs = _measure(only, configs, seconds, steps, scratch, report)
     return _with_ratios(pd.DataFrame(rows), attrs)
 
 # %% ../../nbs/14_bench/04_benchmark.ipynb #c0012

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import FaceVAEError, atomic_file, choices_hint, printable, progress_bar
+from ..core import FaceVAEError, atomic_file, choices_hint, printable, progress_bar, write_quickly
 from .store import SPLITS
 from ..safe_io import read_bytes
 
@@ -434,7 +434,5 @@ def unpack_images(archive: Path, folder: Path, progress: bool = True) -> None:
                 entries[match[0]] = entry
         with progress_bar(len(entries), "unpacking", "image", progress) as bar:
             for name, entry in entries.items():
-                partial = folder / f".{name}.partial"
-                partial.write_bytes(packed.read(entry))
-                os.replace(partial, folder / name)
+                write_quickly(folder / name, packed.read(entry))
                 bar.update()

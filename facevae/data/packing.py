@@ -8,7 +8,6 @@ __all__ = ['FaceBatch', 'Skipped', 'Source', 'check_max_bad', 'is_hopeless', 'ch
 # %% ../../nbs/03_data/03_packing.ipynb #c0002
 import contextlib
 import errno
-import fcntl
 import hashlib
 import math
 import os
@@ -16,12 +15,10 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Protocol
 
@@ -35,9 +32,9 @@ from facevae.core import (
     atomic_directory,
     atomic_file,
     file_digest,
-    partial_prefix,
     printable,
     progress_bar,
+    remove_leftovers,
     write_text,
 )
 from .labels import scheme_warning
@@ -127,33 +124,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Hold a lock on a directory; yields whether nobody else holds it.
-
-    The directory itself is locked, not a file in it, which would become part of the store.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except OSError:  # somebody holds it, or the file system has no locks
-            free = False
-        yield free
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what packs to `out` left behind when they were killed."""
-    for folder in out.parent.glob(f"{escape(partial_prefix(out))}*.partial"):
-        with contextlib.suppress(OSError), _lock(folder) as free:
-            # An empty one may belong to a pack that has not come to lock it yet.
-            if free and (any(folder.iterdir()) or time.time() - folder.stat().st_mtime > 60):
-                shutil.rmtree(folder)
 
 
 def _disk_full(out: Path, needed: int) -> FaceVAEError:
@@ -319,12 +289,10 @@ def pack(
         with contextlib.ExitStack() as stack:
             stack.enter_context(_terminable())
             out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(out)
+            remove_leftovers(out)
             if shutil.disk_usage(out.parent).free < needed:
                 raise _disk_full(out, needed)
-            locks = stack.enter_context(contextlib.ExitStack())  # let go only after the rename
             partial = stack.enter_context(atomic_directory(out, overwrite))
-            locks.enter_context(_lock(partial))
             warning = _write_store(source, out, partial, max_bad, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

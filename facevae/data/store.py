@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from tqdm import tqdm
 
-from ..core import FaceVAEError, choices_hint, file_digest, printable
+from ..core import FaceVAEError, choices_hint, file_digest, printable, restore_directory
 from .labels import LABEL_CLASSES
 from ..safe_io import MAX_JSON_BYTES, name_problem, read_bytes, read_table, require_file
 
@@ -222,11 +222,12 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises FaceVAEError for no store, one that was never finished, or a manifest that cannot be trusted.
     """
     path = Path(path)
+    restore_directory(path)
     if not path.is_dir():
         what = f"'{path}' is a file, not a store" if path.exists() else f"There is no store at '{path}'"
         raise FaceVAEError(f"{what}. Make one with: facevae pack synthetic --count 2000 --out STORE")
     file = path / "manifest.json"
-    if not file.is_file() or path.name.endswith(".partial"):
+    if not file.is_file() or ".partial" in (path.suffix, path.absolute().parent.suffix):
         raise FaceVAEError(
             f"'{path}' is not a store, or one whose packing was interrupted: "
             "it has no manifest.json under its final name. Pack it again, or name another directory."

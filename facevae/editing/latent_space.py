@@ -21,7 +21,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..core import COMPANION_FILES, FaceVAEError, atomic_file, bundled_models, choices_hint
+from ..core import COMPANION_FILES, FaceVAEError, bundled_models, choices_hint
 from ..data.loader import Batches
 from ..data.store import FaceStore
 from ..model.tensors import read_tensors, save_tensors, tensor_shape, tensors_digest
@@ -304,8 +304,7 @@ def save_directions(path: str | Path, directions: Directions, vae: FaceVAE, stor
         "attributes": len(directions.attributes),
         "known": [[one.name, None if math.isnan(one.auc) else one.auc, one.variance_ratio] for one in rows],
     }
-    with atomic_file(path) as partial:
-        save_tensors(partial, {"vectors": vectors}, facts)
+    save_tensors(path, {"vectors": vectors}, facts)
 
 
 def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = None) -> Directions | None:

@@ -9,7 +9,6 @@ __all__ = ['INTERPOLATION_STEPS', 'ExplorerControls', 'report_errors', 'LatentEx
 import functools
 import random
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
-from ..core import FaceVAEError, atomic_file
+from ..core import FaceVAEError, atomic_file, private_directory
 from ..data.store import FaceStore
 from ..editing.animation import save_gif, to_frames
 from ..editing.latent_space import interpolate
@@ -316,8 +315,8 @@ class LatentExplorer(widgets.VBox):
     def _save_gif(self, _=None) -> None:
         frames, name = self.frames()
         self.message.show("Making the GIF …")
-        with tempfile.TemporaryDirectory() as folder:
-            film = save_gif(to_frames(frames, boomerang=True), Path(folder) / "film.gif")
+        with private_directory() as folder:
+            film = save_gif(to_frames(frames, boomerang=True), folder / "film.gif")
             self._offer(film.read_bytes(), name)
 
     def frames(self) -> tuple[list[Image.Image], str]:

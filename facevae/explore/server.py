@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTENT_SECURITY_POLICY', 'MAX_UPLOAD_BYTES', 'IDLE_TIMEOUT', 'short_model_name', 'open_models', 'open_explorer',
-           'check_inputs', 'bind_socket', 'set_parameters', 'ThisPython', 'make_server', 'serve_explorer']
+           'check_inputs', 'bind_socket', 'set_parameters', 'make_server', 'write_redirect', 'serve_explorer']
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0002
 import contextlib
@@ -14,7 +14,6 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import threading
 import webbrowser
 from pathlib import Path
@@ -22,14 +21,14 @@ from pathlib import Path
 import psutil
 import torch
 import typer
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from traitlets.config import Config
 
-from ..core import FaceVAEError, notebook_path
+from ..core import FaceVAEError, notebook_path, private_directory
 from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
 from .explorer import LatentExplorer
 from ..model.vae import FaceVAE
+from ..system import kernel_specs
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0004
 def short_model_name(model: str) -> str:
@@ -118,14 +117,6 @@ def set_parameters(notebook, parameters: dict[str, str]):
     return notebook
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0008
-class ThisPython(KernelSpecManager):
-    """The kernel is this Python, whatever kernels the machine has registered under the notebook's name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, display_name=kernel_name, language="python")
-
-
 def _page_class() -> type:
     """Voilà on a socket that is bound already. Raises FaceVAEError without Voilà."""
     try:
@@ -229,13 +220,22 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
         "@voila-dashboards/widgets-manager8",
     ]
     settings.allow_template_override = settings.allow_theme_override = "NO"
-    settings.kernel_spec_manager_class = ThisPython
+    settings.kernel_spec_manager_class = kernel_specs()
     settings.prelaunch_hook = prelaunch
     # The server's ping intervals, which no user chose, are no warning for one.
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
     return page
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0014
+def write_redirect(file: Path, address: str) -> str:
+    """Write a page for this user alone that leads on to an address; returns the file's own address."""
+    file.touch(0o600, exist_ok=False)
+    file.write_text(
+        f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8"
+    )
+    return file.as_uri()
+
+
 def serve_explorer(
     model: str, data: str = "", compare: str = "", port: int = 8866, browser: bool = True
 ) -> None:
@@ -255,16 +255,15 @@ def serve_explorer(
     token = secrets.token_urlsafe(24)
     bound = bind_socket(port)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}/?token={token}"
+    with contextlib.closing(bound), private_directory() as folder:
 
-    def started() -> None:
-        typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")
-        if browser:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        def started() -> None:
+            typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")
+            if browser:
+                link = write_redirect(folder / "explorer.html", address)
+                threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-    try:
         page = make_server(bound, names, token)
-        page.started = started
+        page.started, page.connection_dir_root = started, str(folder)
         check_inputs(**names)
         page.start()
-    finally:
-        bound.close()

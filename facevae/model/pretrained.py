@@ -21,7 +21,15 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from pydantic import ValidationError
 
 from ..config import ModelConfig
-from ..core import COMPANION_FILES, FaceVAEError, bundled_models, model_folder, printable
+from facevae.core import (
+    COMPANION_FILES,
+    FaceVAEError,
+    atomic_file,
+    bundled_models,
+    model_folder,
+    printable,
+    restore_directory,
+)
 from .tensors import read_tensors, save_tensors
 from ..safe_io import read_bytes, read_object
 
@@ -184,6 +192,7 @@ def find_model_files(path: str | Path, **kwargs) -> list[Path]:
     Raises FaceVAEError when there is no such model.
     """
     folder = model_folder(path)
+    restore_directory(folder)
     if os.path.lexists(folder):
         if missing := [name for name in MODEL_FILES if not (folder / name).is_file()]:
             raise FaceVAEError(
@@ -259,4 +268,8 @@ class Pretrained(PyTorchModelHubMixin):
         save_tensors(save_directory / "model.safetensors", self.state_dict())
         directions = self.folder and self.folder / COMPANION_FILES[1]
         if directions and directions.is_file() and not self.folder.samefile(save_directory):
-            shutil.copyfile(directions, save_directory / directions.name)
+            with atomic_file(save_directory / directions.name) as partial:
+                shutil.copyfile(directions, partial)
+        card = save_directory / "README.md"
+        if card.is_symlink() and not card.exists():  # it would be written where the link leads
+            card.unlink()

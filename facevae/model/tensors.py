@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
-from ..core import FaceVAEError
+from ..core import FaceVAEError, atomic_file
 from ..safe_io import read_bytes
 
 # %% ../../nbs/08_model/00_tensors.ipynb #c0004
@@ -36,17 +36,18 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor], facts: str = "") -> str:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors and facts to a safetensors file, with a digest of both.
+    """Write tensors and facts to a safetensors file, atomically, with a digest of both.
 
     tensors: of any device and memory layout.
     facts: JSON values by name.
 
-    Raises OSError or SafetensorError when the disk is full.
+    Raises OSError or SafetensorError when the disk is full, FaceVAEError when something is in the way.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(dict(facts or {}))
     entry = json.dumps({"facts": text, "sha256": tensors_digest(tensors, text)})
-    save_file(tensors, path, metadata={METADATA_KEY: entry})
+    with atomic_file(path) as partial:
+        save_file(tensors, partial, metadata={METADATA_KEY: entry})
 
 # %% ../../nbs/08_model/00_tensors.ipynb #c0009
 @contextmanager

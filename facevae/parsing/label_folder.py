@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from .. import __version__
 from facevae.core import (
@@ -28,6 +28,8 @@ from facevae.core import (
     FaceVAEError,
     atomic_file,
     choices_hint,
+    file_lock,
+    no_follow,
     printable,
     progress_bar,
     write_text,
@@ -59,7 +61,7 @@ from facevae.parsing.label_quality import (
 )
 from .parser import FaceParser, Parser
 from .segformer import load_segformer
-from ..safe_io import name_problem, path_inside, read_object
+from ..safe_io import name_problem, read_object
 
 # %% ../../nbs/05_parsing/04_label_folder.ipynb #c0004
 DOUBTFUL_FILE, SKIPPED_FILE = "doubtful.jpg", "skipped.csv"
@@ -76,13 +78,15 @@ FIXED_FIELDS = {
 def exclusive(out: Path) -> Iterator[None]:
     """Make a directory and let no second process fill it meanwhile. Raises FaceVAEError when one does."""
     out.mkdir(parents=True, exist_ok=True)
+    lock = file_lock(out / ".lock")
     try:
-        lock = FileLock(out / ".lock", timeout=0)
-        lock.acquire()
+        lock.acquire(timeout=0)
     except Timeout:
         raise FaceVAEError(
             f"Another process is writing label maps to '{out}'. Wait for it, or choose another --out."
         ) from None
+    except OSError:
+        pass  # a file system without locks
     try:
         yield
     finally:
@@ -223,7 +227,7 @@ def _fill(
     without_row = [name for name in there if name not in has_row]
     title, done = f"parsing {printable(folder.images.path.name)}", len(skipped) + len(table)
     with (
-        open(path_inside(out, QUALITY_FILE), "a", newline="", encoding="utf-8", buffering=1) as file,
+        open(out / QUALITY_FILE, "a", newline="", encoding="utf-8", buffering=1, opener=no_follow) as file,
         progress_bar(total, title, "image", progress, done) as bar,
     ):
         rows = csv.DictWriter(file, QUALITY_COLUMNS)

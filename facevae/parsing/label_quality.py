@@ -18,9 +18,7 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
-from facevae.core import (
-    atomic_file,
-)
+from ..core import atomic_file, write_quickly
 from facevae.data.images import (
     ImageFolder,
     ImageZip,
@@ -137,8 +135,6 @@ def is_whole(path: Path) -> bool:
 def write_labels(out: Path, name: str, labels: np.ndarray) -> None:
     """Write a label map so that it appears whole.
 
-    Threads may do so at the same time, which `core.atomic_file` does not allow: a process has only one umask.
-
     out: the directory.
     name: of the image.
     labels: uint8 (H, W).
@@ -146,11 +142,9 @@ def write_labels(out: Path, name: str, labels: np.ndarray) -> None:
     """
     path = path_inside(out, label_name(name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with open(partial, "xb") as file:  # never through a link
-        Image.fromarray(labels).save(file, "PNG", compress_level=4)
-    os.replace(partial, path)
+    data = io.BytesIO()
+    Image.fromarray(labels).save(data, "PNG", compress_level=4)
+    write_quickly(path, data.getvalue())
 
 # %% ../../nbs/05_parsing/03_label_quality.ipynb #c0018
 QUALITY_FILE = "quality.csv"

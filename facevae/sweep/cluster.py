@@ -19,16 +19,17 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..core import PASSIVE_THREADS_ENV, FaceVAEError
+from ..core import PASSIVE_THREADS_ENV, FaceVAEError, machine_id, temporary_beside
 from ..data.store import FaceStore
 from .runner import RunResult, execute_run
-from ..system import cpu_count, machine_id
+from ..system import cpu_count
 from ..training.run import code_digest
 
 if TYPE_CHECKING:
@@ -128,15 +129,40 @@ class LocalWorkerPool:
         self._threads.shutdown()
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0013
+def _security(tls: Mapping[str, str | Path]) -> "distributed.Security | None":
+    """What Dask needs to encrypt, and to know the other side. tls: as for `existing_cluster`."""
+    from distributed import Security
+
+    for kind, file in tls.items():
+        if not Path(file).is_file():
+            raise FaceVAEError(f"There is no file '{file}'. Give one of the cluster's with --tls-{kind}.")
+    if not tls:
+        return None
+    if missing := {"ca", "cert"} - tls.keys():
+        raise FaceVAEError(
+            f"A cluster with certificates needs --tls-ca and --tls-cert, and --tls-key unless the key is in "
+            f"the same file; --tls-{min(missing)} is not given."
+        )
+    return Security(
+        require_encryption=True,
+        tls_ca_file=str(tls["ca"]),
+        tls_client_cert=str(tls["cert"]),
+        tls_client_key=str(tls.get("key", tls["cert"])),
+    )
+
+
 @contextlib.contextmanager
 def existing_cluster(
-    scheduler: str | None = None, scheduler_file: str | Path | None = None
+    scheduler: str | None = None,
+    scheduler_file: str | Path | None = None,
+    tls: Mapping[str, str | Path] = MappingProxyType({}),
 ) -> Iterator["distributed.Client"]:
     """A client of a Dask cluster that is running.
 
-    scheduler: its address, such as tcp://host:8786.
+    scheduler: its address, such as tls://host:8786.
     scheduler_file: or the file that names it.
-    Raises FaceVAEError when nobody answers there.
+    tls: files of the certificate of whom to trust ("ca"), of one's own ("cert"), and its "key".
+    Raises FaceVAEError when nobody answers there, or not by these certificates.
     """
     from distributed import Client
 
@@ -149,11 +175,12 @@ def existing_cluster(
         handler.setLevel(logging.CRITICAL)
     where = {"scheduler_file": str(scheduler_file)} if scheduler_file is not None else {"address": scheduler}
     try:
-        client = Client(**where, timeout=15, set_as_default=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        client = Client(**where, timeout=15, set_as_default=False, security=_security(tls))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise FaceVAEError(
             f"No Dask scheduler answers at '{scheduler_file or scheduler}' ({error}). Check that it is "
-            "running and that this machine can reach it; an address looks like tcp://host:8786."
+            "running and that this machine can reach it. An address looks like tls://host:8786 with "
+            "certificates, which --tls-ca, --tls-cert and --tls-key name, and tcp://host:8786 without."
         ) from None
     with client:
         yield client
@@ -188,14 +215,14 @@ def _store_problem(requirements: dict[str, Any]) -> str | None:
 
 
 def _out_problem(requirements: dict[str, Any]) -> str | None:
-    marker = Path(requirements["marker"])
-    if not os.path.exists(marker):
-        return f"does not see the output directory '{marker.parent}', or another one under this name"
+    out = requirements["out"]
+    if not os.path.exists(requirements["marker"]):
+        return f"does not see the output directory '{out}', or another one under this name"
     try:
-        with tempfile.TemporaryFile(dir=marker.parent):
+        with tempfile.TemporaryFile(dir=out):
             return None
     except OSError as error:
-        return f"cannot write to the output directory '{marker.parent}' ({error.strerror})"
+        return f"cannot write to the output directory '{out}' ({error.strerror})"
 
 
 def first_gpu() -> str | None:
@@ -242,22 +269,24 @@ class ClusterWorkerPool:
     """
 
     def __init__(self, client: "distributed.Client", store: str | Path, out: str | Path):
-        self.client, out, token = client, Path(out).absolute(), uuid.uuid4().hex
+        self.client = client
         self.present, self.free, self.rejected = [], [], []
         self.requirements = {
             "store": str(Path(store).absolute()),
             "fingerprint": FaceStore(store).fingerprint,
-            "marker": str(out / f".shared-{token}"),
+            "out": str(Path(out).absolute()),
             "version": __version__,
             "code": code_digest(),
         }
-        self._stop_file = out / f".stop-{token}"
         self._checked: dict[str, dict[str, Any]] = {}  # by address: from check_worker, empty when rejected
 
     def __str__(self) -> str:
         count = sum(map(bool, self._checked.values()))
-        where = f"{count} worker{'s' * (count != 1)} at {self.client.scheduler.address}"
-        return f"{where}. Dashboard: {self.client.dashboard_link}"
+        address = self.client.scheduler.address
+        text = f"{count} worker{'s' * (count != 1)} at {address}."
+        if not address.startswith(("tls://", "inproc://")):
+            text += " It has no certificates: whoever reaches that port can run code as you (see --tls-ca)."
+        return text
 
     def refresh(self) -> None:
         """See who is there and who is free, and check those who are new.
@@ -348,9 +377,12 @@ class ClusterWorkerPool:
             self._stop_file.touch()
 
     def __enter__(self) -> "ClusterWorkerPool":
-        Path(self.requirements["marker"]).touch()
+        self._stack = contextlib.ExitStack()
+        folder = self._stack.enter_context(temporary_beside(Path(self.requirements["out"]) / "cluster"))
+        marker, self._stop_file = folder / "shared", folder / "stop"
+        marker.touch()
+        self.requirements["marker"] = str(marker)
         return self
 
     def __exit__(self, *_) -> None:
-        for file in (self._stop_file, Path(self.requirements["marker"])):
-            file.unlink(missing_ok=True)
+        self._stack.close()

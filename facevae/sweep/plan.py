@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from .. import __version__
 from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
-from ..core import FaceVAEError, choices_hint, write_text
+from ..core import FaceVAEError, choices_hint, file_lock, write_text
 from ..data.store import FaceStore
-from ..safe_io import name_problem, read_object
+from ..safe_io import name_problem, path_inside, read_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
 from facevae.training.run import (
     RunDirectory,
@@ -211,7 +210,8 @@ def plan_sweep(
     specs = []
     for seed in seeds:
         for name in (hypothesis.name for hypothesis in chosen):
-            run, config = RunDirectory(out / name / f"seed{seed}"), make_config(name, preset, seed, overrides)
+            run = RunDirectory(path_inside(out, f"{name}/seed{seed}"))
+            config = make_config(name, preset, seed, overrides)
             state = read_state(run.path)["state"]
             specs.append(RunSpec(config.fit(store.size), run, overrides, store.path, state))
     if not specs:
@@ -249,8 +249,9 @@ def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis]
     """Write sweep.json; hypotheses and seeds are added to those that it has."""
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        lock = file_lock(out / ".lock")
         with contextlib.suppress(OSError):  # a file system without locks
-            stack.enter_context(FileLock(out / ".lock"))
+            stack.enter_context(lock)
         saved = _saved_sweep(out)
         by_name = {h["name"]: h for h in saved.get("hypotheses", [])} | {
             h.name: asdict(h) for h in hypotheses

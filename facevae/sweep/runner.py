@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -24,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import FaceVAEError, atomic_file, notebook_path, write_text
-from ..system import kill
+from ..core import FaceVAEError, atomic_file, notebook_path, private_directory, write_text
+from ..system import kernel_specs
 from facevae.training.lock import (
     STALE_HEARTBEATS,
     LockBusy,
@@ -33,6 +32,7 @@ from facevae.training.lock import (
     RunLock,
     acquire,
     guard_run,
+    kill_holder,
     newest_lock,
 )
 from facevae.training.run import (
@@ -111,16 +111,23 @@ def execute_notebook(name: str, output: str | Path, parameters: dict[str, Any]) 
 
 def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> None:
     import papermill
+    from jupyter_client import AsyncKernelManager
+    from traitlets import default
     from traitlets.config import Config
 
-    with tempfile.TemporaryDirectory(prefix="facevae-") as sockets:
+    class Manager(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _this_python(self):
+            return kernel_specs()(parent=self)
+
+    with private_directory() as sockets:
         papermill.execute_notebook(
             str(source),
             str(output),
             parameters=parameters,
             progress_bar=False,
-            # This Python, whatever kernels the machine has registered under the notebook's name.
             kernel_name="python3",
+            kernel_manager_class=Manager,
             cwd=os.getcwd(),
             # Two kernels that start at once may pick the same network ports, and one of them dies;
             # files cannot collide.
@@ -254,7 +261,7 @@ class _Watch:
             time.monotonic() - self.changed
         )  # by this process' clock, which sleeps when the machine does
         if silence > STALE_HEARTBEATS * self.lock.content["every"]:
-            kill(content.get("kernel"))
+            kill_holder(self.lock.path, content.get("kernel"))
             self.process.kill()
             raise NotebookError(f"It has not given a heartbeat for {silence:.0f} seconds.", died=True)
 
@@ -282,6 +289,8 @@ def execute_run(
         lock = acquire(path)
     except LockBusy as error:
         return RunResult("busy", str(error))
+    except FaceVAEError as error:
+        return RunResult("failed", str(error))
     except OSError as error:
         remedy = "Remove what is in its way, free some space, or choose another --out."
         return RunResult("failed", f"'{path}' cannot be used as a run directory ({error.strerror}). {remedy}")
@@ -322,7 +331,7 @@ def _execute_locked(
         failure = error
     finally:
         if lock.held:  # the kernel outlives a papermill process that was killed
-            kill(newest_lock(path)[1].get("kernel"))
+            kill_holder(path, newest_lock(path)[1].get("kernel"))
     lock.check()
     failure = failure or _missing_result(path, config)
     if failure is None:

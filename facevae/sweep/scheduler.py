@@ -8,11 +8,13 @@ __all__ = ['MAX_TRIES', 'QueuedRun', 'Scheduler', 'run_sweep']
 # %% ../../nbs/10_sweep/04_scheduler.ipynb #c0002
 import contextlib
 import time
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from ..core import progress_bar
+from ..core import FaceVAEError, progress_bar
 from ..data.store import FaceStore
 from facevae.sweep.cluster import (
     ClusterWorkerPool,
@@ -22,7 +24,7 @@ from facevae.sweep.cluster import (
 )
 from .plan import RunSpec
 from .runner import RunResult
-from ..training.lock import LockBusy, acquire, is_locked
+from ..training.lock import acquire, is_locked
 from ..training.run import read_state, write_status
 
 # %% ../../nbs/10_sweep/04_scheduler.ipynb #c0004
@@ -150,7 +152,7 @@ class Scheduler:
         error = (
             f"{why} It died {MAX_TRIES} times without getting further, so it is not tried again by itself."
         )
-        with contextlib.suppress(LockBusy, OSError), acquire(queued.run.path):
+        with contextlib.suppress(FaceVAEError, OSError), acquire(queued.run.path):
             write_status(queued.run.path, state="failed", error=error)
         self._finish(queued, RunResult("failed", error))
 
@@ -176,6 +178,7 @@ def run_sweep(
     *,
     scheduler: str | None = None,
     scheduler_file: str | Path | None = None,
+    tls: Mapping[str, str | Path] = MappingProxyType({}),
     retry_failed: bool = False,
     accept_code: bool = False,
 ) -> list[str]:
@@ -185,7 +188,7 @@ def run_sweep(
     data: the store.
     workers: how many runs at a time (default: default_workers(); on a cluster one a worker).
     progress: show a progress bar.
-    scheduler, scheduler_file: a Dask cluster to use instead of this machine.
+    scheduler, scheduler_file, tls: a Dask cluster to use instead of this machine, and its certificates.
     retry_failed: try those again that failed before.
     accept_code: keep, and go on with, runs that other code of facevae made.
     Raises FaceVAEError before anything starts when a worker of the cluster cannot do the work.
@@ -210,7 +213,7 @@ def run_sweep(
             parts = workers or default_workers()
             pool = stack.enter_context(LocalWorkerPool(min(parts, len(todo)), parts))
         else:
-            client = stack.enter_context(existing_cluster(scheduler, scheduler_file))
+            client = stack.enter_context(existing_cluster(scheduler, scheduler_file, tls))
             pool = stack.enter_context(ClusterWorkerPool(client, data, out))
             pool.wait_until_ready(bar.write)
         bar.write(str(pool))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from ..core import FaceVAEError, atomic_file, check_guards
+from ..core import FaceVAEError, check_guards
 from ..model.tensors import read_tensors, save_tensors
 from ..safe_io import path_inside
 
@@ -78,8 +78,7 @@ def _save(folder: Path, name: str, tensors: dict[str, torch.Tensor], numbers: di
     """Write tensors atomically; a full disk becomes a FaceVAEError and leaves what was there."""
     path = path_inside(folder.parent, f"{folder.name}/{name}")
     try:
-        with atomic_file(path) as partial:
-            save_tensors(partial, tensors, numbers)
+        save_tensors(path, tensors, numbers)
     except (OSError, SafetensorError) as error:
         raise FaceVAEError(
             f"The checkpoint '{path}' could not be written ({error}). Free some space on the device and "

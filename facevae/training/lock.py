@@ -4,26 +4,36 @@
 
 # %% auto #0
 __all__ = ['STALE_HEARTBEATS', 'LOCK_TYPES', 'heartbeat_seconds', 'LockBusy', 'LockLost', 'newest_lock', 'is_locked', 'RunLock',
-           'guard_run', 'inherit', 'acquire']
+           'guard_run', 'inherit', 'kill_holder', 'acquire']
 
 # %% ../../nbs/09_training/00_lock.ipynb #c0002
 import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
-from ..core import REPLACE_GUARDS, FaceVAEError, printable, write_text
+from facevae.core import (
+    REPLACE_GUARDS,
+    FaceVAEError,
+    discard,
+    file_lock,
+    machine_id,
+    printable,
+    sync,
+    write_text,
+)
 from ..safe_io import JSON_NUMBER, JSON_OBJECT, JSON_TEXT, path_inside, read_object, type_problems
-from ..system import current_process, is_alive, kill, machine_id
+from ..system import current_process, is_alive, kill
 
 # %% ../../nbs/09_training/00_lock.ipynb #c0004
 STALE_HEARTBEATS = 12
@@ -45,32 +55,38 @@ class LockLost(FaceVAEError):
 
 
 def newest_lock(path: str | Path) -> tuple[int, dict[str, Any], float]:
-    """Number (0: none), content and last heartbeat (seconds since 1970) of a run's newest lock."""
+    """Number (0: none), content and last heartbeat (seconds since 1970) of a run's newest lock.
+
+    The content is empty when the file does not say which process holds the lock.
+    """
     folder = Path(path) / "claims"
     try:
-        names = [name for name in os.listdir(folder) if re.fullmatch(r"\d{6}\.json", name)]
-        number = max((int(name[:6]) for name in names), default=0)
+        names = [name for name in os.listdir(folder) if re.fullmatch(r"\d{6,9}\.json", name)]
+        number = max((int(name.removesuffix(".json")) for name in names), default=0)
         file = folder / f"{number:06d}.json"
-        heartbeat = file.stat().st_mtime
+        heartbeat = file.lstat().st_mtime
     except OSError:
         return 0, {}, 0.0
     try:
         content = read_object(file, max_bytes=2**16)
-    except FaceVAEError:  # it is just being written
+    except FaceVAEError:
         return number, {}, heartbeat
     problems = type_problems(content, LOCK_TYPES)
     content = {key: value for key, value in content.items() if key not in problems}
-    return number, content | {"host": printable(content.get("host") or "")[:200]}, heartbeat
+    if not content.get("machine") or not content.get("process"):
+        return number, {}, heartbeat
+    every = min(max(content.get("every") or 5, 0.05), 300)
+    return number, content | {"every": every, "host": printable(content.get("host") or "")[:200]}, heartbeat
 
 
 def is_locked(path: str | Path) -> bool:
     """Whether somebody works on a run: its lock has not ended, beats, and is of no dead process."""
-    number, content, heartbeat = newest_lock(path)
-    if not number or content.get("ended"):
+    _, content, heartbeat = newest_lock(path)
+    if not content or content.get("ended"):
         return False
-    if time.time() - heartbeat >= STALE_HEARTBEATS * content.get("every", 5):
+    if abs(time.time() - heartbeat) >= STALE_HEARTBEATS * content["every"]:
         return False
-    elsewhere = content.get("machine") != machine_id()
+    elsewhere = content["machine"] != machine_id()
     return elsewhere or is_alive(content.get("kernel")) or is_alive(content.get("process"))
 
 # %% ../../nbs/09_training/00_lock.ipynb #c0006
@@ -193,10 +209,10 @@ def _lock_file(file_lock: FileLock, seconds: float = 0) -> bool | None:
 def _beats(path: Path) -> bool:
     """Whether the newest lock is fresh by the file server's clock, or becomes so within two heartbeats."""
     number, content, heartbeat = newest_lock(path)
-    every = content.get("every", 5)
+    every = content.get("every") or heartbeat_seconds()
     clock = path / ".lock"
-    clock.touch()
-    if clock.stat().st_mtime - heartbeat < STALE_HEARTBEATS * every:
+    os.utime(clock, follow_symlinks=False)
+    if content and abs(clock.lstat().st_mtime - heartbeat) < STALE_HEARTBEATS * every:
         return True
     until = time.monotonic() + 2 * every
     while time.monotonic() < until:
@@ -206,27 +222,45 @@ def _beats(path: Path) -> bool:
     return False
 
 
-def _make_free(path: Path, file_lock: FileLock) -> int:
+def kill_holder(path: str | Path, process: dict[str, Any] | None) -> None:
+    """End a process of this machine that a lock file names, if it shows itself that it works on the run."""
+    path = Path(path)
+    if not is_alive(process):
+        return
+    with contextlib.suppress(psutil.Error, OSError):
+        there, lock = psutil.Process(process["pid"]), path / ".lock"
+        inherited = there.environ().get("FACEVAE_LOCK", "").partition(":")[2]
+        opened = [file.path for file in there.open_files() if os.path.exists(file.path)]
+        has_open = any(lock.samefile(file) for file in opened)
+        if there.uids().real == os.getuid() and (has_open or inherited == str(path.resolve())):
+            kill(process)
+
+
+def _make_free(path: Path, lock: FileLock) -> int:
     """End frozen processes of this machine; returns the newest lock's number, or raises LockBusy."""
-    has_lock = _lock_file(file_lock)
+    has_lock = _lock_file(lock)
     number, content, _ = newest_lock(path)
     kernel, process = content.get("kernel"), content.get("process")
     here = content.get("machine") == machine_id()
     ended = not number or bool(content.get("ended"))
-    busy = LockBusy(
-        f"Another process is working on '{path}' (process {(process or {}).get('pid')} on "
-        f"{content.get('host')}). Wait for it, or choose another --out."
-    )
+    named = f" (process {process.get('pid')} on {content['host']})" if process else ""
+    busy = LockBusy(f"Another process is working on '{path}'{named}. Wait for it, or choose another --out.")
     vacated = here and has_lock and not is_alive(kernel)
     if not ended and not vacated:
         if _beats(path):
             raise busy
         if here:
-            kill(kernel)
-            kill(process)
-            has_lock = has_lock or _lock_file(file_lock, seconds=5)
-    if has_lock is False and (here or ended):
+            kill_holder(path, kernel)
+            kill_holder(path, process)
+            has_lock = has_lock or _lock_file(lock, seconds=5)
+    if has_lock is False and (here or ended or not content):
         raise busy
+    if number and not content:
+        file = path / "claims" / f"{number:06d}.json"
+        warnings.warn(
+            f"'{file}' does not say which process locked the run, and none answers: it is taken as dead.",
+            stacklevel=2,
+        )
     return number
 
 
@@ -234,16 +268,14 @@ def _remove_partial_files(path: Path) -> None:
     """Remove what killed processes have left half-written; half a checkpoint is as large as a whole one."""
     for left in [file for file in path.rglob(".*") if file.name.endswith((".partial", ".old"))]:
         with contextlib.suppress(OSError):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            discard(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def acquire(path: str | Path) -> RunLock:
     """Lock a run directory. Raises LockBusy, naming process and host, when another works on it."""
     path = Path(path)
     path_inside(path, "claims").mkdir(parents=True, exist_ok=True)
-    file = path_inside(path, ".lock")
-    open(file, "a").close()  # what stands in its way is an error; that its file system has no locks is none
-    file_lock = FileLock(file, thread_local=False, fallback_to_soft=False)
+    lock = file_lock(path / ".lock")
     content = {
         "host": socket.gethostname(),
         "machine": machine_id(),
@@ -253,14 +285,15 @@ def acquire(path: str | Path) -> RunLock:
         "ended": None,
     }
     try:
-        number = _make_free(path, file_lock) + 1
+        number = _make_free(path, lock) + 1
         try:
             with open(path_inside(path, f"claims/{number:06d}.json"), "x") as file:
                 file.write(json.dumps(content | {"since": time.time()}))
+            sync(path / "claims")
         except FileExistsError:
             raise LockBusy(f"Another process has just begun to work on '{path}'. Wait for it.") from None
         _remove_partial_files(path)
-        return RunLock(path, number, file_lock)
+        return RunLock(path, number, lock)
     except BaseException:
-        file_lock.release(force=True)
+        lock.release(force=True)
         raise

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..config import RunConfig
-from ..core import FaceVAEError, atomic_file, printable, write_text
+from ..core import FaceVAEError, atomic_file, no_follow, printable, sync, write_text
 from ..data.store import FaceStore
 from facevae.safe_io import (
     JSON_NUMBER,
@@ -183,15 +183,13 @@ def write_status(path: str | Path, **fields: Any) -> None:
 
 def write_pending(path: str | Path, **fields: Any) -> None:
     """Put down that a run is requested, unless it has a status.json already: it may be somebody else's."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    partial = path / f".status.json.{os.getpid()}.partial"
     status = {"state": "pending", **fields, "updated": round(time.time(), 1)}
     # FileNotFoundError: somebody who has locked the run meanwhile removed the partial file.
-    with contextlib.suppress(FileExistsError, FileNotFoundError):
+    with (
+        contextlib.suppress(FileExistsError, FileNotFoundError),
+        atomic_file(Path(path) / "status.json", overwrite=False) as partial,
+    ):
         partial.write_text(json.dumps(status, indent=1))
-        os.link(partial, path / "status.json")
-    partial.unlink(missing_ok=True)
 
 
 def saved_step(path: str | Path) -> int:
@@ -300,11 +298,17 @@ class RunDirectory:
         raw, weighted = ({name: float(value) for name, value in part.items()} for part in (raw, weighted))
         entry = {"kind": kind, "step": step, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted}
         entry |= more
-        with open(self._at("log.jsonl", writing=True), "a", encoding="utf-8") as file:
+        path = self._at("log.jsonl", writing=True)
+        with open(path, "a", encoding="utf-8", opener=no_follow) as file:
             # Again: whoever takes the run over replaces the file, so one that was opened before is nobody's.
             self._check()
             file.write(json.dumps(entry) + "\n")
         return entry
+
+    def sync_log(self) -> None:
+        """Have the disk hold what was logged, before a checkpoint that counts on it."""
+        with contextlib.suppress(FileNotFoundError):  # nothing was
+            sync(self._at("log.jsonl"))
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a run that goes on from a checkpoint logs it again."""

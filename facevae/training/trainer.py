@@ -364,8 +364,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
         log = TrainingLog(run, trainer, first, progress)
         for step in range(first, config.steps):
             raw, weighted = trainer.step(step)
-            done = step + 1
-            last = done == config.steps
+            done, last = step + 1, step + 1 == config.steps
             watch.record(done, raw)
             log.bar.update()
             if done % config.log_every == 0 or last:
@@ -392,6 +391,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 log.restart_clock(done)
             if main and (done % config.checkpoint_every == 0 or last):
                 watch.check()
+                run.sync_log()
                 save_checkpoint(run.checkpoints, done, trainer.vae, trainer.optimizer, state)
         log.bar.close()
         if main:
