@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
            'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'partial_prefix', 'atomic_file', 'write_text',
-           'atomic_directory', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder', 'notebook_path']
+           'atomic_directory', 'DirectoryGone', 'guarded_directory', 'is_surrounding', 'surrounding_problem',
+           'error_sentence', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder', 'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
 import difflib
 import errno
+import functools
 import hashlib
 import importlib.util
 import os
@@ -66,12 +68,12 @@ def choices_hint(name: str, options: Iterable[str]) -> str:
     return (f"Did you mean '{similar[0]}'? " if similar else "") + f"Choose from: {', '.join(options)}."
 
 # %% ../nbs/00_core.ipynb #c0014
-# Directory, resolved: what is called before anything below it is replaced.
+# Directory, resolved: what is called before anything below it is made or replaced.
 REPLACE_GUARDS: dict[str, Callable[[], None]] = {}
 
 
 def check_guards(path: str | Path) -> None:
-    """Let whoever guards a directory refuse, by raising, that something below it is replaced now."""
+    """Let whoever guards a directory refuse, by raising, that something below it is made or replaced now."""
     real = Path(os.path.realpath(path))
     for folder, check in list(REPLACE_GUARDS.items()):
         if real.is_relative_to(folder):
@@ -120,6 +122,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Raises FaceVAEError when something stands in its way.
     """
     path = Path(path)
+    check_guards(path)
     with _mendable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=partial_prefix(path), suffix=".partial", dir=path.parent)
@@ -169,6 +172,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         raise FaceVAEError(
             f"'{path}' already exists. Choose another --out, or pass --overwrite to replace it."
         )
+    check_guards(path)
     with _mendable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=partial_prefix(path), suffix=".partial", dir=path.parent))
@@ -183,12 +187,125 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #c0022
+class DirectoryGone(FaceVAEError):
+    """A directory that results go to is not there any more, or another one is in its place."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(
+            f"'{path}' is not there any more, or another directory is in its place, so nothing was written. "
+            "Put it back, or give its new place, and start the same command: it goes on where it stopped."
+        )
+
+
+def _check_directory(path: str, inode: int, witness: str) -> None:
+    try:
+        there = os.stat(path).st_ino == inode and os.path.lexists(os.path.join(path, witness))
+    except OSError:
+        there = False
+    if not there:
+        raise DirectoryGone(path)
+
+
+@contextlib.contextmanager
+def guarded_directory(path: str | Path, witness: str) -> Iterator[dict[str, str]]:
+    """Let nothing be made or replaced below a directory, while the block runs, once it is gone.
+
+    path: the directory.
+    witness: the name of a file that it keeps.
+    Yields the variables by which a child process guards it as well, from when it imports this module.
+    What is refused raises DirectoryGone.
+    """
+    real = os.path.realpath(path)
+    _guard(real, witness)
+    try:
+        yield {"FACEVAE_GUARD": f"{witness}:{real}"}
+    finally:
+        REPLACE_GUARDS.pop(real, None)
+
+
+def _guard(real: str, witness: str) -> None:
+    REPLACE_GUARDS[real] = functools.partial(_check_directory, real, os.stat(real).st_ino, witness)
+
+
+def _guard_as_parent() -> None:
+    """Guard the directory that the parent process guards."""
+    witness, _, path = os.environ.get("FACEVAE_GUARD", "").partition(":")
+    if os.path.isdir(path):
+        _guard(path, witness)
+
+
+_guard_as_parent()
+
+# %% ../nbs/00_core.ipynb #c0026
+_OCCUPIED = "EISDIR ENOTDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP ENOENT"
+_OCCUPIED_ERRNOS = {getattr(errno, name) for name in _OCCUPIED.split()}
+_NO_ROOM = re.compile(
+    r"no space left on device|disk quota exceeded|out of memory|can(no|')t allocate memory|bad_alloc"
+    r"|can't start new thread|alloc_failed|StorageFull|PytorchStreamWriter failed writing",
+    re.IGNORECASE,
+)
+_FREE_SPACE, _OTHER_PLACE = (
+    "Free some space there.",
+    "Choose another place, or see to it that you may use it.",
+)
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _OTHER_PLACE),
+    **dict.fromkeys(_OCCUPIED_ERRNOS, "Check the path, or choose another place."),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)."),
+}
+
+
+def is_surrounding(kind: str, text: str) -> bool:
+    """Whether an error is about what lies around the program, such as a full disk.
+
+    kind: the name of its class.
+    text: what it says.
+    """
+    if number := re.match(r"\[Errno (\d+)\]", text):
+        return int(number[1]) not in _OCCUPIED_ERRNOS
+    return kind.endswith("MemoryError") or bool(_NO_ROOM.search(text))
+
+
+def _explained(error: BaseException) -> str:
+    if isinstance(error, FaceVAEError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"'{os.fsdecode(error.filename)}'" if error.filename else "Something that is needed"
+        return f"{where} cannot be used ({error.strerror}). {_REMEDIES.get(error.errno, '')}".strip()
+    reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__.endswith("MemoryError"):
+        return f"There is not enough memory ({reason}). Close other programs, or do less at a time."
+    return f"It stopped: {reason}."
+
+
+def surrounding_problem(error: BaseException) -> str:
+    """What an error says of what lies around the program, in a sentence; "" when it is about something else.
+
+    error: with those that it was raised from.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        own = not isinstance(cause, FaceVAEError)  # its text may quote anything
+        if own and is_surrounding(type(cause).__name__, str(cause)):
+            return _explained(error if isinstance(error, FaceVAEError) else cause)
+        cause = cause.__cause__
+    return ""
+
+
+def error_sentence(error: BaseException) -> str:
+    """What a command says of the error that ends it; "" for a fault of its own, which keeps its traceback."""
+    if isinstance(error, FaceVAEError) or (isinstance(error, OSError) and error.errno is not None):
+        return _explained(error)
+    return surrounding_problem(error)
+
+# %% ../nbs/00_core.ipynb #c0031
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #c0025
+# %% ../nbs/00_core.ipynb #c0034
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 
@@ -201,10 +318,10 @@ def progress_bar(total: int, description: str, unit: str, shown: bool = True, do
     options = dict(desc=description, unit=unit, disable=not shown, smoothing=0.05, mininterval=interval)
     return tqdm(total=total, initial=done, **options)
 
-# %% ../nbs/00_core.ipynb #c0027
+# %% ../nbs/00_core.ipynb #c0036
 PASSIVE_THREADS_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-# %% ../nbs/00_core.ipynb #c0029
+# %% ../nbs/00_core.ipynb #c0038
 DEFAULT_MODEL = "drawn-faces"  # H9 at 72 pixels
 # What may lie beside the weights: the card, and directions in the latent space.
 COMPANION_FILES = ("README.md", "directions.safetensors")
@@ -220,7 +337,7 @@ def model_folder(path: str | Path) -> Path:
     """The folder of a bundled model when `path` is its name and nothing is called so; else the path."""
     return Path(path) if os.path.lexists(path) else bundled_models().get(str(path), Path(path))
 
-# %% ../nbs/00_core.ipynb #c0032
+# %% ../nbs/00_core.ipynb #c0041
 def notebook_path(name: str) -> Path:
     """Path of a notebook that is part of the package: "train", "figures" or "explore".
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTENT_SECURITY_POLICY', 'MAX_UPLOAD_BYTES', 'IDLE_TIMEOUT', 'short_model_name', 'open_models', 'open_explorer',
-           'check_inputs', 'bind_socket', 'set_parameters', 'ThisPython', 'make_server', 'serve_explorer']
+           'check_inputs', 'bind_socket', 'set_parameters', 'make_server', 'serve_explorer']
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0002
 import contextlib
@@ -14,7 +14,6 @@ import secrets
 import shutil
 import signal
 import socket
-import sys
 import threading
 import webbrowser
 from pathlib import Path
@@ -22,9 +21,9 @@ from pathlib import Path
 import psutil
 import torch
 import typer
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from traitlets.config import Config
 
+from ..children import kernel_specs, private_surroundings, temporary_directory
 from ..core import FaceVAEError, notebook_path
 from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
@@ -118,14 +117,6 @@ def set_parameters(notebook, parameters: dict[str, str]):
     return notebook
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0008
-class ThisPython(KernelSpecManager):
-    """The kernel is this Python, whatever kernels the machine has registered under the notebook's name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, display_name=kernel_name, language="python")
-
-
 def _page_class() -> type:
     """Voilà on a socket that is bound already. Raises FaceVAEError without Voilà."""
     try:
@@ -207,6 +198,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
         port=port,
         token=token,
         config_file_paths=[],
+        connection_dir_root=temporary_directory(),
         log_level="ERROR",
         open_browser=False,
         tornado_settings={
@@ -229,7 +221,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
         "@voila-dashboards/widgets-manager8",
     ]
     settings.allow_template_override = settings.allow_theme_override = "NO"
-    settings.kernel_spec_manager_class = ThisPython
+    settings.kernel_spec_manager_class = kernel_specs()
     settings.prelaunch_hook = prelaunch
     # The server's ping intervals, which no user chose, are no warning for one.
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
@@ -262,9 +254,10 @@ def serve_explorer(
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     try:
-        page = make_server(bound, names, token)
-        page.started = started
-        check_inputs(**names)
-        page.start()
+        with private_surroundings():
+            page = make_server(bound, names, token)
+            page.started = started
+            check_inputs(**names)
+            page.start()
     finally:
         bound.close()

@@ -14,7 +14,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..children import program_output, start_python
 from ..core import PASSIVE_THREADS_ENV, FaceVAEError
 from ..data.store import FaceStore
 from .runner import RunResult, execute_run
@@ -46,15 +46,12 @@ def visible_gpus() -> list[str]:
 @functools.cache
 def _count_gpus(visible: str | None) -> int:
     """How many GPUs torch finds, in a process of its own. visible: CUDA_VISIBLE_DEVICES."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
-        capture_output=True,
-        text=True,
-    )
+    code = "import torch; print(torch.cuda.device_count())"
+    output, errors = start_python(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()
     try:
-        return int(done.stdout.split()[-1])
+        return int(output.split()[-1])
     except (ValueError, IndexError):
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (errors.strip().splitlines() or ["no message"])[-1]
         raise FaceVAEError(f"torch cannot be imported, so no run can start: {reason}") from None
 
 
@@ -138,7 +135,13 @@ def existing_cluster(
     scheduler_file: or the file that names it.
     Raises FaceVAEError when nobody answers there.
     """
-    from distributed import Client
+    try:
+        from distributed import Client
+    except Exception as error:  # importing it reads the user's Dask configuration
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FaceVAEError(
+            f"Dask cannot be used ({reason}). Mend its configuration, or install it again."
+        ) from error
 
     if scheduler_file is not None and not Path(scheduler_file).is_file():
         raise FaceVAEError(
@@ -206,8 +209,7 @@ def first_gpu() -> str | None:
     first = (visible or "0").split(",")[0].strip()
     if not first.isdecimal():
         return first
-    query = ["nvidia-smi", "-i", first, "--query-gpu=uuid", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    answer = program_output("nvidia-smi", "-i", first, "--query-gpu=uuid", "--format=csv,noheader")
     return answer if answer.startswith("GPU-") else None
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0018

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from .. import __version__
 from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
-from ..core import FaceVAEError, choices_hint, write_text
+from ..core import FaceVAEError, choices_hint, guarded_directory, write_text
 from ..data.store import FaceStore
 from ..safe_io import name_problem, read_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
@@ -267,5 +267,7 @@ def run_report(sweep: str | Path) -> Path:
     """
     sweep = Path(sweep)
     read_sweep(sweep)
-    wait_for_notebook(start_notebook("figures", sweep / "figures.ipynb", {"sweep": str(sweep)}))
+    with guarded_directory(sweep, "sweep.json") as guard:
+        parameters = {"sweep": str(sweep.absolute())}
+        wait_for_notebook(start_notebook("figures", sweep / "figures.ipynb", parameters, guard))
     return sweep / "report.html"
