@@ -68,15 +68,15 @@ def choices_hint(name: str, options: Iterable[str]) -> str:
     return (f"Did you mean '{similar[0]}'? " if similar else "") + f"Choose from: {', '.join(options)}."
 
 # %% ../nbs/00_core.ipynb #c0014
-# Directory, resolved: what is called before anything below it is made or replaced.
+# Directory, absolute or resolved: what is called before anything below it is made or replaced.
 REPLACE_GUARDS: dict[str, Callable[[], None]] = {}
 
 
 def check_guards(path: str | Path) -> None:
     """Let whoever guards a directory refuse, by raising, that something below it is made or replaced now."""
-    real = Path(os.path.realpath(path))
+    places = Path(os.path.realpath(path)), Path(os.path.abspath(path))
     for folder, check in list(REPLACE_GUARDS.items()):
-        if real.is_relative_to(folder):
+        if any(place.is_relative_to(folder) for place in places):
             check()
 
 
@@ -215,16 +215,16 @@ def guarded_directory(path: str | Path, witness: str) -> Iterator[dict[str, str]
     Yields the variables by which a child process guards it as well, from when it imports this module.
     What is refused raises DirectoryGone.
     """
-    real = os.path.realpath(path)
-    _guard(real, witness)
+    place = os.path.abspath(path)  # a link on the way may be made to lead elsewhere
+    _guard(place, witness)
     try:
-        yield {"FACEVAE_GUARD": f"{witness}:{real}"}
+        yield {"FACEVAE_GUARD": f"{witness}:{place}"}
     finally:
-        REPLACE_GUARDS.pop(real, None)
+        REPLACE_GUARDS.pop(place, None)
 
 
-def _guard(real: str, witness: str) -> None:
-    REPLACE_GUARDS[real] = functools.partial(_check_directory, real, os.stat(real).st_ino, witness)
+def _guard(place: str, witness: str) -> None:
+    REPLACE_GUARDS[place] = functools.partial(_check_directory, place, os.stat(place).st_ino, witness)
 
 
 def _guard_as_parent() -> None:

@@ -8,14 +8,13 @@ from .._paths import search_path
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "cli.app": "app",
+        "cli.app": "app main",
     },
 )
-__all__ += ["main"]
 
 
 def main() -> None:
-    """The entry point of the `facevae` command, which imports nothing from where it happens to run."""
+    """The entry point of the `facevae` command: `app.main`, with nothing imported from where it runs."""
     sys.path[:] = search_path()
     from ..children import use_utf8
     from .app import main

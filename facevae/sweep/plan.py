@@ -24,6 +24,7 @@ from ..core import FaceVAEError, choices_hint, guarded_directory, write_text
 from ..data.store import FaceStore
 from ..safe_io import name_problem, read_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
+from ..training.lock import heartbeat_seconds
 from facevae.training.run import (
     RunDirectory,
     config_differences,
@@ -203,6 +204,7 @@ def plan_sweep(
     accept_code: runs that other code of facevae made are part of it.
     Raises FaceVAEError when the directory holds a sweep with other settings.
     """
+    heartbeat_seconds()  # which no run could do without
     store, out, overrides = FaceStore(data), Path(out), dict(overrides or {})
     saved = _saved_sweep(out)
     default = saved if only else {}

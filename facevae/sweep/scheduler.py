@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import DirectoryGone, FaceVAEError, check_guards, guarded_directory, progress_bar
+from ..core import FaceVAEError, check_guards, guarded_directory, progress_bar
 from ..data.store import FaceStore
 from facevae.sweep.cluster import (
     ClusterWorkerPool,
@@ -126,7 +126,7 @@ class Scheduler:
         except Exception as error:  # whatever came up on a worker; a run itself raises nothing
             result = RunResult("died", f"Its worker failed: {error!r}.")
         if result.state == "gone":
-            raise DirectoryGone(self.out)
+            raise FaceVAEError(result.error)
         if result.state in ("done", "failed", "interrupted"):
             self._finish(queued, result, f"({time.monotonic() - queued.begun:.0f} s)")
         elif result.state == "busy":

@@ -257,7 +257,7 @@ def _remove_partial_files(path: Path) -> None:
 
 def acquire(path: str | Path) -> RunLock:
     """Lock a run directory. Raises LockBusy, naming process and host, when another works on it."""
-    path = Path(path)
+    path, every = Path(path), heartbeat_seconds()
     check_guards(path)
     path_inside(path, "claims").mkdir(parents=True, exist_ok=True)
     file = path_inside(path, ".lock")
@@ -268,7 +268,7 @@ def acquire(path: str | Path) -> RunLock:
         "machine": machine_id(),
         "process": current_process(),
         "kernel": None,
-        "every": heartbeat_seconds(),
+        "every": every,
         "ended": None,
     }
     try:
