@@ -502,6 +502,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'facevae.core.atomic_file': ('core.html#atomic_file', 'facevae/core.py'),
                               'facevae.core.bundled_models': ('core.html#bundled_models', 'facevae/core.py'),
                               'facevae.core.check_guards': ('core.html#check_guards', 'facevae/core.py'),
+                              'facevae.core.check_writable': ('core.html#check_writable', 'facevae/core.py'),
                               'facevae.core.choices_hint': ('core.html#choices_hint', 'facevae/core.py'),
                               'facevae.core.error_sentence': ('core.html#error_sentence', 'facevae/core.py'),
                               'facevae.core.file_digest': ('core.html#file_digest', 'facevae/core.py'),

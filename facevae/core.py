@@ -6,7 +6,8 @@
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
            'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'partial_prefix', 'atomic_file', 'write_text',
            'atomic_directory', 'DirectoryGone', 'guarded_directory', 'is_surrounding', 'surrounding_problem',
-           'error_sentence', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder', 'notebook_path']
+           'check_writable', 'error_sentence', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder',
+           'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
@@ -291,6 +292,17 @@ def surrounding_problem(error: BaseException) -> str:
             return _explained(error if isinstance(error, FaceVAEError) else cause)
         cause = cause.__cause__
     return ""
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError when nothing can be written at a path, for a command that computes long before it writes."""
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    folder = place if os.path.isdir(place) or place != os.path.abspath(path) else os.path.dirname(place)
+    number = errno.EACCES if os.path.isdir(folder) else errno.ENOTDIR
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(number, os.strerror(number), folder)
 
 
 def error_sentence(error: BaseException) -> str:

