@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 from ._paths import search_path
 
@@ -119,8 +118,17 @@ def private_surroundings() -> Iterator[Path]:
         }
         own = {name: os.environ[name] for name in ("FACEVAE_LOCK", "FACEVAE_GUARD") if name in os.environ}
         environment = child_environment(**own, **{key: str(path) for key, path in private.items()})
-        with mock.patch.dict(os.environ, environment, clear=True):
+        before = dict(os.environ)
+        _set_environment(environment)
+        try:
             yield folder
+        finally:
+            _set_environment(before)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def kernel_specs() -> type:

@@ -295,7 +295,7 @@ def surrounding_problem(error: BaseException) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError when nothing can be written at a path, for a command that computes long before it writes."""
+    """Raise OSError when nothing can be written at a path: for who computes long before writing."""
     place = os.path.abspath(path)
     while not os.path.lexists(place):
         place = os.path.dirname(place)

@@ -107,7 +107,9 @@ def execute_notebook(name: str, output: str | Path, parameters: dict[str, Any]) 
             _run_papermill(source, partial, parameters)
         except PapermillExecutionError as error:
             failure = error  # and the partial file, which holds the notebook up to there, is kept
-        except DeadKernelError:
+        except RuntimeError as error:
+            if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error):  # as it started
+                raise
             raise NotebookError(
                 f"The kernel of {name}.ipynb was ended from outside, by a person or because memory ran out.",
                 died=True,
