@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from check_code import processes_start_in_one_place, processes_started
-from conftest import TINY, facevae, facevae_here
+from conftest import TINY, facevae_here
 from faults import COMMAND, finished, locks_of, read, run_of, state_of, step_of, sweep_process, wait_until
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this")
@@ -60,13 +60,32 @@ def hostile(folder: Path) -> dict[str, str]:
     return python | locale | jupyter | place | other | {"HOME": str(home), "TMPDIR": str(temporary)}
 
 
+def without_network() -> list[str]:
+    """What a command begins with to have no network, not even loopback, where the system lets us."""
+    isolated = ["unshare", "--net"]
+    can = shutil.which("unshare") and not subprocess.run([*isolated, "true"], capture_output=True).returncode
+    return isolated if can else []
+
+
 def test_a_run_takes_nothing_from_where_it_runs(store, stand_in, tmp_path):
     here = strangers(tmp_path / "here")
     before = sorted(here.iterdir())
     path = os.pathsep.join([str(stand_in), "", str(here)])  # an empty part is the working directory
     out = tmp_path / "Größe {steps}"  # which papermill would fill in
-    command = ["train", "--hypothesis", "H3", "--data", store, "--out", out, *QUICK]
-    done = facevae(*command, cwd=here, check=False, **hostile(tmp_path), PYTHONPATH=path)
+    command = [
+        *without_network(),
+        COMMAND,
+        "train",
+        "--hypothesis",
+        "H3",
+        "--data",
+        store,
+        "--out",
+        out,
+        *QUICK,
+    ]
+    environment = os.environ | hostile(tmp_path) | {"PYTHONPATH": path}
+    done = subprocess.run(list(map(str, command)), cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert state_of(out) == "done" and (out / "metrics.parquet").exists()
     assert sorted(here.iterdir()) == before and not (tmp_path / "ran").exists()
@@ -204,7 +223,10 @@ def everything(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("fault", [moved, replaced])
-def test_a_sweep_whose_directory_goes_away_stops_and_makes_nothing_anew(store, stand_in, tmp_path, fault):
+def test_a_sweep_whose_directory_goes_away_stops_and_makes_nothing_anew(
+    store, stand_in, tmp_path, monkeypatch, fault
+):
+    monkeypatch.chdir(stand_in)  # python -c looks there first
     out = tmp_path / "sweep"
     environment = {"PYTHONPATH": str(stand_in), "FACEVAE_HEARTBEAT": "0.3"}
     process = sweep_process(store, out, "H3,H5,H9", SETTINGS, environment)
@@ -267,8 +289,9 @@ def without_room(stand_in, tmp_path):
     return library, full
 
 
-def test_no_room_interrupts_and_the_same_command_goes_on(store, without_room, tmp_path):
+def test_no_room_interrupts_and_the_same_command_goes_on(store, without_room, tmp_path, monkeypatch):
     library, full = without_room
+    monkeypatch.chdir(library)  # python -c looks there first
     out, environment = tmp_path / "sweep", {"PYTHONPATH": str(library)}
     settings = [*TINY[1::2], "steps=8", "checkpoint_every=4", "validate_every=4"]
     names = ",".join(FAULTS)
@@ -358,25 +381,3 @@ def test_what_lies_around_is_one_sentence_in_any_command(monkeypatch, tmp_path, 
     monkeypatch.setattr(facevae.data.store.FaceStore, "__init__", fail)
     done = facevae_here("verify", tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("facevae: ") and done.stderr.count("\n") == 1
-
-
-@linux
-def test_a_sweep_needs_no_network(store, stand_in, tmp_path):
-    isolated = ["unshare", "-n"]
-    if not shutil.which("unshare") or subprocess.run([*isolated, "true"], capture_output=True).returncode:
-        pytest.skip("no network namespace can be made here")
-    command = [
-        *isolated,
-        COMMAND,
-        "train",
-        "--hypothesis",
-        "H3",
-        "--data",
-        str(store),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(stand_in)}
-    done = subprocess.run([*command, *QUICK], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert state_of(tmp_path / "run") == "done"
