@@ -209,22 +209,8 @@ def test_a_working_directory_that_is_not_utf8_or_gone(tmp_path, monkeypatch):
 # Directories that go away
 
 
-def moved(out: Path) -> None:
-    out.rename(out.with_name("elsewhere"))
-
-
-def replaced(out: Path) -> None:
-    moved(out)
-    out.mkdir()
-
-
-def everything(path: Path) -> dict[str, int]:
-    return {str(file): file.stat().st_mtime_ns for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-@pytest.mark.parametrize("fault", [moved, replaced])
 def test_a_sweep_whose_directory_goes_away_stops_and_makes_nothing_anew(
-    store, stand_in, tmp_path, monkeypatch, fault
+    store, stand_in, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(stand_in)  # python -c looks there first
     out = tmp_path / "sweep"
@@ -232,38 +218,32 @@ def test_a_sweep_whose_directory_goes_away_stops_and_makes_nothing_anew(
     process = sweep_process(store, out, "H3,H5,H9", SETTINGS, environment)
     first = run_of(out, "H3")
     wait_until(lambda: step_of(first) >= 6, "step 6", process=process)
-    fault(out)
-    before = everything(out)
+    out.rename(tmp_path / "elsewhere")
+    out.mkdir()  # by somebody else: all the harder to notice
     output, _ = process.communicate(timeout=60)
     assert process.returncode and "Traceback" not in output, output
     assert "is not there any more, or another directory is in its place" in output, output
-    assert everything(out) == before
-    assert out.exists() == (fault is not moved)
+    assert not list(out.iterdir())
 
 
-def test_a_run_whose_directory_goes_away_stops_and_goes_on_in_its_new_place(store, stand_in, tmp_path):
-    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+def test_a_run_whose_directory_goes_away_stops_and_makes_nothing_anew(store, stand_in, tmp_path):
+    out = tmp_path / "run"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     command = [COMMAND, "train", "--hypothesis", "H3", "--data", str(store), "--out", str(out), *settings]
     environment = os.environ | {"PYTHONPATH": str(stand_in), "FACEVAE_HEARTBEAT": "0.3"}
     process = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
     wait_until(lambda: step_of(out) >= 6, "step 6", process=process)
-    out.rename(elsewhere)
+    out.rename(tmp_path / "elsewhere")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "is not there any more" in errors and "Traceback" not in errors, errors
     assert not out.exists()
-    command[command.index(str(out))] = str(elsewhere)
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
-    assert state_of(elsewhere) == "done" and read(elsewhere / "status.json")["step"] == 40
 
 
 # No room
 
 FAULTS = {
     "H1": 'raise OSError(28, "No space left on device", out)',
-    "H4": 'raise type("OutOfMemoryError", (RuntimeError,), {})("Tried to allocate 8 GiB.")',
     "H6": "os.kill(os.getpid(), signal.SIGKILL)",
-    "H9": 'raise ValueError("a fault of its own")',
 }
 
 
@@ -295,24 +275,18 @@ def test_no_room_interrupts_and_the_same_command_goes_on(store, without_room, tm
     out, environment = tmp_path / "sweep", {"PYTHONPATH": str(library)}
     settings = [*TINY[1::2], "steps=8", "checkpoint_every=4", "validate_every=4"]
     names = ",".join(FAULTS)
-    output, _ = sweep_process(store, out, names, settings, environment, workers=3).communicate(timeout=200)
+    output, _ = sweep_process(store, out, names, settings, environment).communicate(timeout=200)
     assert "Traceback" not in output, output
     for name in FAULTS:
         status = read(run_of(out, name) / "status.json")
-        assert status["state"] == ("failed" if name == "H9" else "interrupted"), (name, status)
-        if name != "H9":
-            assert (
-                "The same command goes on" in status["error"]
-                or "same command is given again" in status["error"]
-            )
+        assert status["state"] == "interrupted" and "same command" in status["error"], (name, status)
         left = [path for path in run_of(out, name).rglob("*") if path.name.endswith((".partial", ".old"))]
         assert not left
     assert "No space left on device" in read(run_of(out, "H1") / "status.json")["error"]
-    assert "Tried to allocate" in read(run_of(out, "H4") / "status.json")["error"]
+    assert "memory ran out" in read(run_of(out, "H6") / "status.json")["error"]
     full.unlink()
-    again = finished(sweep_process(store, out, names, settings, environment, workers=3))
-    assert "H9 seed 0: failed before" in again
-    assert [name for name in FAULTS if state_of(run_of(out, name)) == "done"] == ["H1", "H4", "H6"]
+    finished(sweep_process(store, out, names, settings, environment))
+    assert {state_of(run_of(out, name)) for name in FAULTS} == {"done"}
     assert len(locks_of(run_of(out, "H1"))) == 2, "it was begun again more often than the command was given"
 
 
