@@ -6,14 +6,16 @@
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
            'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'no_follow', 'file_lock', 'machine_id',
            'discard', 'remove_leftovers', 'temporary_beside', 'private_directory', 'sync', 'atomic_file', 'write_text',
-           'write_quickly', 'restore_directory', 'atomic_directory', 'file_digest', 'progress_bar', 'bundled_models',
-           'model_folder', 'notebook_path']
+           'write_quickly', 'restore_directory', 'atomic_directory', 'DirectoryGone', 'guarded_directory',
+           'is_surrounding', 'surrounding_problem', 'check_writable', 'error_sentence', 'file_digest', 'progress_bar',
+           'bundled_models', 'model_folder', 'notebook_path']
 
-# %% ../nbs/00_core.ipynb #c0002
+# %% ../nbs/00_core.ipynb #c
 import contextlib
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -35,7 +37,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# %% ../nbs/00_core.ipynb #c0004
+# %% ../nbs/00_core.ipynb #c
 def printable(text: str) -> str:
     """The text with line breaks, control and direction marks written out as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -48,7 +50,7 @@ class FaceVAEError(Exception):
         text = printable(re.sub(r"\s*[\r\n]+\s*", " ", str(text)))
         super().__init__(text if len(text) <= 4000 else f"{text[:2500]} [...] {text[-1000:]}")
 
-# %% ../nbs/00_core.ipynb #c0006
+# %% ../nbs/00_core.ipynb #c
 @contextlib.contextmanager
 def shown_error(*hidden: str) -> Iterator[None]:
     """Print the FaceVAEError that the block raises, for a notebook that shows what a wrong call gives.
@@ -66,7 +68,7 @@ def shown_error(*hidden: str) -> Iterator[None]:
     else:
         raise AssertionError("The block was expected to raise a FaceVAEError.")
 
-# %% ../nbs/00_core.ipynb #c0010
+# %% ../nbs/00_core.ipynb #c
 def choices_hint(name: str, options: Iterable[str]) -> str:
     """A sentence listing what would have been accepted, led by the option most like a mistyped name.
 
@@ -77,16 +79,16 @@ def choices_hint(name: str, options: Iterable[str]) -> str:
     similar = difflib.get_close_matches(str(name), options, n=1, cutoff=0.6)
     return (f"Did you mean '{similar[0]}'? " if similar else "") + f"Choose from: {', '.join(options)}."
 
-# %% ../nbs/00_core.ipynb #c0014
-# Directory, resolved: what is called before anything below it is made or replaced.
+# %% ../nbs/00_core.ipynb #c
+# Directory, absolute or resolved: what is called before anything below it is made or replaced.
 REPLACE_GUARDS: dict[str, Callable[[], None]] = {}
 
 
 def check_guards(path: str | Path) -> None:
     """Let whoever guards a directory refuse, by raising, that something below it is made or replaced now."""
-    real = Path(os.path.realpath(path))
+    places = Path(os.path.realpath(path)), Path(os.path.abspath(path))
     for folder, check in list(REPLACE_GUARDS.items()):
-        if real.is_relative_to(folder):
+        if any(place.is_relative_to(folder) for place in places):
             check()
 
 
@@ -131,7 +133,7 @@ def machine_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
-# %% ../nbs/00_core.ipynb #c0015
+# %% ../nbs/00_core.ipynb #c
 _DAY = 86400
 
 
@@ -292,7 +294,7 @@ def write_quickly(path: Path, data: bytes) -> None:
         file.write(data)
     os.replace(partial, path)
 
-# %% ../nbs/00_core.ipynb #c0019
+# %% ../nbs/00_core.ipynb #c
 def _replace_directory(partial: Path, path: Path) -> None:
     """Publish a directory in place of another, which is moved aside first: one of them is always whole."""
     aside = partial.parent / "old"
@@ -345,13 +347,137 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 _replace_directory(partial, path)
         sync(path.parent)
 
-# %% ../nbs/00_core.ipynb #c0023
+# %% ../nbs/00_core.ipynb #c
+class DirectoryGone(FaceVAEError):
+    """A directory that results go to is not there any more, or another one is in its place."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(
+            f"'{path}' is not there any more, or another directory is in its place, so nothing was written. "
+            "Put it back, or give its new place, and start the same command: it goes on where it stopped."
+        )
+
+
+def _check_directory(path: str, inode: int, witness: str) -> None:
+    try:
+        there = os.stat(path).st_ino == inode and os.path.lexists(os.path.join(path, witness))
+    except OSError:
+        there = False
+    if not there:
+        raise DirectoryGone(path)
+
+
+@contextlib.contextmanager
+def guarded_directory(path: str | Path, witness: str) -> Iterator[dict[str, str]]:
+    """Let nothing be made or replaced below a directory, while the block runs, once it is gone.
+
+    path: the directory.
+    witness: the name of a file that it keeps.
+    Yields the variables by which a child process guards it as well, from when it imports this module.
+    What is refused raises DirectoryGone.
+    """
+    place = os.path.abspath(path)  # a link on the way may be made to lead elsewhere
+    _guard(place, witness)
+    try:
+        yield {"FACEVAE_GUARD": f"{witness}:{place}"}
+    finally:
+        REPLACE_GUARDS.pop(place, None)
+
+
+def _guard(place: str, witness: str) -> None:
+    REPLACE_GUARDS[place] = functools.partial(_check_directory, place, os.stat(place).st_ino, witness)
+
+
+def _guard_as_parent() -> None:
+    """Guard the directory that the parent process guards."""
+    witness, _, path = os.environ.get("FACEVAE_GUARD", "").partition(":")
+    if os.path.isdir(path):
+        _guard(path, witness)
+
+
+_guard_as_parent()
+
+# %% ../nbs/00_core.ipynb #c
+_OCCUPIED = "EISDIR ENOTDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP ENOENT"
+_OCCUPIED_ERRNOS = {getattr(errno, name) for name in _OCCUPIED.split()}
+_NO_ROOM = re.compile(
+    r"no space left on device|disk quota exceeded|out of memory|can(no|')t allocate memory|bad_alloc"
+    r"|can't start new thread|alloc_failed|StorageFull|PytorchStreamWriter failed writing",
+    re.IGNORECASE,
+)
+_FREE_SPACE, _OTHER_PLACE = (
+    "Free some space there.",
+    "Choose another place, or see to it that you may use it.",
+)
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _OTHER_PLACE),
+    **dict.fromkeys(_OCCUPIED_ERRNOS, "Check the path, or choose another place."),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)."),
+}
+
+
+def is_surrounding(kind: str, text: str) -> bool:
+    """Whether an error is about what lies around the program, such as a full disk.
+
+    kind: the name of its class.
+    text: what it says.
+    """
+    if number := re.match(r"\[Errno (\d+)\]", text):
+        return int(number[1]) not in _OCCUPIED_ERRNOS
+    return kind.endswith("MemoryError") or bool(_NO_ROOM.search(text))
+
+
+def _explained(error: BaseException) -> str:
+    if isinstance(error, FaceVAEError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"'{os.fsdecode(error.filename)}'" if error.filename else "Something that is needed"
+        return f"{where} cannot be used ({error.strerror}). {_REMEDIES.get(error.errno, '')}".strip()
+    reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__.endswith("MemoryError"):
+        return f"There is not enough memory ({reason}). Close other programs, or do less at a time."
+    return f"It stopped: {reason}."
+
+
+def surrounding_problem(error: BaseException) -> str:
+    """What an error says of what lies around the program, in a sentence; "" when it is about something else.
+
+    error: with those that it was raised from.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        own = not isinstance(cause, FaceVAEError)  # its text may quote anything
+        if own and is_surrounding(type(cause).__name__, str(cause)):
+            return _explained(error if isinstance(error, FaceVAEError) else cause)
+        cause = cause.__cause__
+    return ""
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError when nothing can be written at a path: for who computes long before writing."""
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    folder = place if os.path.isdir(place) or place != os.path.abspath(path) else os.path.dirname(place)
+    number = errno.EACCES if os.path.isdir(folder) else errno.ENOTDIR
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(number, os.strerror(number), folder)
+
+
+def error_sentence(error: BaseException) -> str:
+    """What a command says of the error that ends it; "" for a fault of its own, which keeps its traceback."""
+    if isinstance(error, FaceVAEError) or (isinstance(error, OSError) and error.errno is not None):
+        return _explained(error)
+    return surrounding_problem(error)
+
+# %% ../nbs/00_core.ipynb #c
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #c0026
+# %% ../nbs/00_core.ipynb #c
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 
@@ -364,10 +490,10 @@ def progress_bar(total: int, description: str, unit: str, shown: bool = True, do
     options = dict(desc=description, unit=unit, disable=not shown, smoothing=0.05, mininterval=interval)
     return tqdm(total=total, initial=done, **options)
 
-# %% ../nbs/00_core.ipynb #c0028
+# %% ../nbs/00_core.ipynb #c
 PASSIVE_THREADS_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-# %% ../nbs/00_core.ipynb #c0030
+# %% ../nbs/00_core.ipynb #c
 DEFAULT_MODEL = "drawn-faces"  # H9 at 72 pixels
 # What may lie beside the weights: the card, and directions in the latent space.
 COMPANION_FILES = ("README.md", "directions.safetensors")
@@ -383,7 +509,7 @@ def model_folder(path: str | Path) -> Path:
     """The folder of a bundled model when `path` is its name and nothing is called so; else the path."""
     return Path(path) if os.path.lexists(path) else bundled_models().get(str(path), Path(path))
 
-# %% ../nbs/00_core.ipynb #c0033
+# %% ../nbs/00_core.ipynb #c
 def notebook_path(name: str) -> Path:
     """Path of a notebook that is part of the package: "train", "figures" or "explore".
 

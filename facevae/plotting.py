@@ -51,11 +51,13 @@ PLOT_STYLE = seaborn.axes_style("whitegrid") | {
 
 
 def styled(function):
-    """Run a figure function under the project's style, leaving matplotlib's settings as they were."""
+    """Run a figure function under the project's style alone, leaving matplotlib's settings as they were."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        with matplotlib.rc_context(PLOT_STYLE):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # whatever a matplotlibrc has set
+            matplotlib.rcParams.update(PLOT_STYLE)
             return function(*args, **kwargs)
 
     return run

@@ -294,6 +294,49 @@ def nothing_executes_files():
             yield f"{path.relative_to(ROOT)}:{line} {what}, which may run code from a file"
 
 
+# What starts a process, as it is called; and who may, for which the module `children` prepares nothing.
+STARTING = re.compile(
+    r"(subprocess|psutil)\.(Popen|run|call|check_\w+|get\w*output)|os\.(exec|spawn|fork|posix_spawn)\w*"
+    r"|os\.(system|popen|startfile)|(multiprocessing|pty|webbrowser)\.\w+|asyncio\.create_subprocess_\w+"
+    r"|.*\b(ProcessPoolExecutor|active_children|notebook_launcher|start_new_kernel|LocalCluster)"
+)
+STARTERS = {
+    "bench.baseline": "a plain loop's data loader, which forks",
+    "children": "the one place",
+    "explore.server": "opens the browser",
+    "training.launch": "forks the processes of one run",
+}
+
+
+def processes_started(source: str) -> Iterator[tuple[int, str]]:
+    """What in a Python source starts a process: (line, what)."""
+    tree = ast.parse(source)
+    annotations = {
+        id(part)
+        for node in ast.walk(tree)
+        for field in ("annotation", "returns")
+        if getattr(node, field, None)
+        for part in ast.walk(getattr(node, field))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Attribute, ast.Name)) and id(node) not in annotations:
+            if STARTING.fullmatch(ast.unparse(node)):
+                yield node.lineno, ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and node.module in ("subprocess", "os", "pty", "webbrowser"):
+            yield node.lineno, f"from {node.module} import"
+
+
+def processes_start_in_one_place():
+    """The module `children` alone starts processes, so none takes anything from where it runs."""
+    for module, path in LIBRARY.items():
+        found = list(processes_started(path.read_text(encoding="utf-8")))
+        if module not in STARTERS:
+            for line, what in found:
+                yield f"{path.relative_to(ROOT)}:{line} has {what}: facevae.children starts processes"
+        elif not found:
+            yield f"STARTERS lists {module}, which starts no process"
+
+
 CODE_CHECKS = (
     names_are_defined_once,
     modules_and_functions_are_short,
@@ -301,4 +344,5 @@ CODE_CHECKS = (
     prose_fits,
     ruff_is_content,
     nothing_executes_files,
+    processes_start_in_one_place,
 )

@@ -18,7 +18,14 @@ import typer
 
 from .data import OutOption, OverwriteOption, cli_parse_masks, pack_app, store_summary
 from .models import cli_directions, cli_edit, cli_explore, cli_interpolate, cli_reconstruct
-from ..core import PASSIVE_THREADS_ENV, FaceVAEError, printable, progress_bar
+from facevae.core import (
+    PASSIVE_THREADS_ENV,
+    FaceVAEError,
+    check_writable,
+    error_sentence,
+    printable,
+    progress_bar,
+)
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0003
 app = typer.Typer(
@@ -49,6 +56,22 @@ def _version(wanted: bool) -> None:
 
         typer.echo(f"facevae {__version__}")
         raise typer.Exit()
+
+
+def _check_paths() -> None:
+    """Raise FaceVAEError for a path that no file of a run could name."""
+    try:
+        paths = [*sys.argv[1:], os.getcwd()]
+    except FileNotFoundError:
+        raise FaceVAEError("The working directory is not there any more. Change to one that is.") from None
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise FaceVAEError(
+                f"'{path}' is not UTF-8, in which runs, stores and reports write down paths. Rename it, or "
+                "choose another place; nothing was started."
+            ) from None
 
 
 @app.callback()
@@ -88,8 +111,10 @@ def cli_train(
     from facevae.data.store import FaceStore
     from facevae.sweep.cluster import worker_environment
     from facevae.sweep.plan import RunSpec
-    from facevae.training.run import RunDirectory
+    from facevae.training.lock import heartbeat_seconds
+    from facevae.training.run import INTERRUPTED_MESSAGE, RunDirectory
 
+    heartbeat_seconds()  # which no run could do without
     overrides = parse_settings(settings or [])
     store = FaceStore(data)
     config = make_config(hypothesis, preset, seed, overrides).fit(store.size)
@@ -107,7 +132,7 @@ def cli_train(
                 bar.set_postfix({"loss": f"{status['loss']:.3f}", "images/s": speed}, refresh=False)
 
         result = spec.execute(worker_environment(0, 1), show_progress, accept_code)
-    if result.state == "interrupted":
+    if result.error == INTERRUPTED_MESSAGE:
         raise KeyboardInterrupt
     if result.state != "done":
         raise FaceVAEError(result.error)
@@ -192,8 +217,9 @@ def cli_ablate(
     typer.echo(f"Report: {run_report(out)}")
     if failed:
         raise FaceVAEError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. facevae status {out} says why, "
-            "and their train.ipynb shows where; the same command with --retry-failed tries them again."
+            f"{len(failed)} of {len(runs)} runs failed or were interrupted: {', '.join(failed)}. facevae "
+            f"status {out} says why, and their train.ipynb shows where; the same command goes on with those "
+            "that were interrupted, and with --retry-failed also with those that failed."
         )
 
 
@@ -288,6 +314,8 @@ def cli_bench(
         raise FaceVAEError(
             f"--out names the JSON file, for example {example}; the plot is written beside it."
         )
+    if out:  # before minutes of measuring
+        check_writable(out)
     if quick:
         recipes, seconds = recipes or "quick", min(seconds, 5)
     table = run_benchmark(only, recipes, seconds, steps, parse_settings(settings or []), progress=True)
@@ -305,12 +333,17 @@ def main() -> None:
         typer.echo(f"facevae: warning: {printable(str(message))}", err=True)
 
     warnings.showwarning = show_warning
+    os.environ.pop("MPLBACKEND", None)  # figures go to files
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # to a terminal that knows few characters
     try:
+        _check_paths()
         app()
-    except FaceVAEError as error:
-        if os.environ.get("FACEVAE_DEBUG"):
+    except Exception as error:
+        sentence = error_sentence(error)
+        if not sentence or os.environ.get("FACEVAE_DEBUG"):
             raise
-        typer.echo(f"facevae: {error}", err=True)
+        typer.echo(f"facevae: {printable(sentence)}", err=True)
         sys.exit(1)
     except SystemExit as ending:
         if ending.code == 130:  # Ctrl-C, which typer turns into this

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from ..core import FaceVAEError, printable
+from ..core import FaceVAEError, check_writable, printable
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0004
 OutOption = Annotated[Path, typer.Option(help="Where the result goes.")]
@@ -202,6 +202,7 @@ def cli_parse_masks(
     from facevae.training.hardware import choose_precision
 
     check_folders(images, out, max_bad)
+    check_writable(out)
     chosen = choose_device(device)
     network = load_parser(parser, weights, any_weights, chosen, choose_precision("auto", chosen))
     batch_size = batch_size or (32 if chosen.type == "cuda" else 4)

@@ -23,12 +23,12 @@ import torch
 import typer
 from traitlets.config import Config
 
-from ..core import FaceVAEError, notebook_path, private_directory
+from ..children import kernel_specs, private_surroundings, temporary_directory
+from ..core import FaceVAEError, notebook_path
 from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
 from .explorer import LatentExplorer
 from ..model.vae import FaceVAE
-from ..system import kernel_specs
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0004
 def short_model_name(model: str) -> str:
@@ -198,6 +198,7 @@ def make_server(bound: socket.socket, parameters: dict[str, str], token: str):
         port=port,
         token=token,
         config_file_paths=[],
+        connection_dir_root=temporary_directory(),
         log_level="ERROR",
         open_browser=False,
         tornado_settings={
@@ -255,7 +256,7 @@ def serve_explorer(
     token = secrets.token_urlsafe(24)
     bound = bind_socket(port)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}/?token={token}"
-    with contextlib.closing(bound), private_directory() as folder:
+    with contextlib.closing(bound), private_surroundings() as folder:
 
         def started() -> None:
             typer.echo(f"The explorer is at {address}\nCtrl-C ends it.")

@@ -6,7 +6,7 @@
 __all__ = ['RUN_KEY', 'visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'LocalWorkerPool',
            'existing_cluster', 'check_worker', 'first_gpu', 'execute_job', 'ClusterWorkerPool']
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0002
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c
 import contextlib
 import functools
 import logging
@@ -14,7 +14,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..children import program_output, start_python
 from ..core import PASSIVE_THREADS_ENV, FaceVAEError, machine_id, temporary_beside
 from ..data.store import FaceStore
 from .runner import RunResult, execute_run
@@ -35,7 +35,7 @@ from ..training.run import code_digest
 if TYPE_CHECKING:
     import distributed
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0004
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -47,15 +47,12 @@ def visible_gpus() -> list[str]:
 @functools.cache
 def _count_gpus(visible: str | None) -> int:
     """How many GPUs torch finds, in a process of its own. visible: CUDA_VISIBLE_DEVICES."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
-        capture_output=True,
-        text=True,
-    )
+    code = "import torch; print(torch.cuda.device_count())"
+    output, errors = start_python(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()
     try:
-        return int(done.stdout.split()[-1])
+        return int(output.split()[-1])
     except (ValueError, IndexError):
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (errors.strip().splitlines() or ["no message"])[-1]
         raise FaceVAEError(f"torch cannot be imported, so no run can start: {reason}") from None
 
 
@@ -81,7 +78,7 @@ def worker_environment(worker: int, workers: int) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return environment
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0009
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c
 class LocalWorkerPool:
     """Workers of this machine: threads, each of which starts one run at a time as a process of its own.
 
@@ -128,7 +125,7 @@ class LocalWorkerPool:
         self.stop()
         self._threads.shutdown()
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0013
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c
 def _security(tls: Mapping[str, str | Path]) -> "distributed.Security | None":
     """What Dask needs to encrypt, and to know the other side. tls: as for `existing_cluster`."""
     from distributed import Security
@@ -164,7 +161,13 @@ def existing_cluster(
     tls: files of the certificate of whom to trust ("ca"), of one's own ("cert"), and its "key".
     Raises FaceVAEError when nobody answers there, or not by these certificates.
     """
-    from distributed import Client
+    try:
+        from distributed import Client
+    except Exception as error:  # importing it reads the user's Dask configuration
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FaceVAEError(
+            f"Dask cannot be used ({reason}). Mend its configuration, or install it again."
+        ) from error
 
     if scheduler_file is not None and not Path(scheduler_file).is_file():
         raise FaceVAEError(
@@ -185,7 +188,7 @@ def existing_cluster(
     with client:
         yield client
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0016
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c
 def check_worker(requirements: dict[str, Any]) -> dict[str, Any]:
     """Executed by a worker: where it is, and its problem with the work, or None.
 
@@ -233,11 +236,10 @@ def first_gpu() -> str | None:
     first = (visible or "0").split(",")[0].strip()
     if not first.isdecimal():
         return first
-    query = ["nvidia-smi", "-i", first, "--query-gpu=uuid", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    answer = program_output("nvidia-smi", "-i", first, "--query-gpu=uuid", "--format=csv,noheader")
     return answer if answer.startswith("GPU-") else None
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c0018
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c
 RUN_KEY = "facevae-run-"  # how Dask's keys of the runs begin, whichever sweep they are of
 _ONE_RUN = threading.Lock()
 

@@ -6,7 +6,7 @@
 __all__ = ['MAX_RUNS', 'SweepHypothesis', 'SweepFile', 'read_sweep', 'settings_text', 'RunSpec', 'select_runs', 'plan_sweep',
            'run_report']
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0002
+# %% ../../nbs/10_sweep/01_plan.ipynb #c
 import contextlib
 import json
 import os
@@ -19,10 +19,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from .. import __version__
 from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
-from ..core import FaceVAEError, choices_hint, file_lock, write_text
+from ..core import FaceVAEError, choices_hint, file_lock, guarded_directory, write_text
 from ..data.store import FaceStore
 from ..safe_io import name_problem, path_inside, read_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
+from ..training.lock import heartbeat_seconds
 from facevae.training.run import (
     RunDirectory,
     config_differences,
@@ -31,7 +32,7 @@ from facevae.training.run import (
     write_pending,
 )
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0004
+# %% ../../nbs/10_sweep/01_plan.ipynb #c
 MAX_RUNS = 20_000
 
 
@@ -97,7 +98,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
         problem = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     raise FaceVAEError(f"'{path}' is not a sweep: its sweep.json cannot be used ({problem}). {remedy}")
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0009
+# %% ../../nbs/10_sweep/01_plan.ipynb #c
 def settings_text(overrides: dict[str, Any]) -> str:
     """Overrides as the text that the train notebook takes: "steps=200 width=0.5"."""
     return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in overrides.items())
@@ -168,7 +169,7 @@ class RunSpec:
         result = execute_run(**self.job(accept_code), environment=environment, poll=poll)
         return replace(result, error=f"{result.error} {RESUMES}") if result.state == "died" else result
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0012
+# %% ../../nbs/10_sweep/01_plan.ipynb #c
 def select_runs(specs: list[RunSpec], only: str) -> list[RunSpec]:
     """The runs that a text such as "H1,H9:seed1" names. Raises FaceVAEError for what is not in the sweep."""
     named: dict[str, list[RunSpec]] = {}
@@ -181,7 +182,7 @@ def select_runs(specs: list[RunSpec], only: str) -> list[RunSpec]:
             raise FaceVAEError(f"'{part}' is not in this sweep. {choices_hint(part, named)}")
     return [spec for spec in specs if any(spec in named[part] for part in requested)]
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0014
+# %% ../../nbs/10_sweep/01_plan.ipynb #c
 def plan_sweep(
     data: str | Path,
     out: str | Path,
@@ -202,6 +203,7 @@ def plan_sweep(
     accept_code: runs that other code of facevae made are part of it.
     Raises FaceVAEError when the directory holds a sweep with other settings.
     """
+    heartbeat_seconds()  # which no run could do without
     store, out, overrides = FaceStore(data), Path(out), dict(overrides or {})
     saved = _saved_sweep(out)
     default = saved if only else {}
@@ -260,7 +262,7 @@ def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis]
         fields["seeds"] = sorted({*saved.get("seeds", []), *seeds})
         write_text(out / "sweep.json", json.dumps(fields, indent=1))
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c0021
+# %% ../../nbs/10_sweep/01_plan.ipynb #c
 def run_report(sweep: str | Path) -> Path:
     """Run the figures notebook over a sweep directory, finished or not; returns the path of report.html.
 
@@ -268,5 +270,7 @@ def run_report(sweep: str | Path) -> Path:
     """
     sweep = Path(sweep)
     read_sweep(sweep)
-    wait_for_notebook(start_notebook("figures", sweep / "figures.ipynb", {"sweep": str(sweep)}))
+    with guarded_directory(sweep, "sweep.json") as guard:
+        parameters = {"sweep": str(sweep.absolute())}
+        wait_for_notebook(start_notebook("figures", sweep / "figures.ipynb", parameters, guard))
     return sweep / "report.html"

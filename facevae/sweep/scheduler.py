@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_TRIES', 'QueuedRun', 'Scheduler', 'run_sweep']
 
-# %% ../../nbs/10_sweep/04_scheduler.ipynb #c0002
+# %% ../../nbs/10_sweep/04_scheduler.ipynb #c
 import contextlib
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..core import FaceVAEError, progress_bar
+from ..core import FaceVAEError, check_guards, guarded_directory, progress_bar
 from ..data.store import FaceStore
 from facevae.sweep.cluster import (
     ClusterWorkerPool,
@@ -27,7 +27,7 @@ from .runner import RunResult
 from ..training.lock import acquire, is_locked
 from ..training.run import read_state, write_status
 
-# %% ../../nbs/10_sweep/04_scheduler.ipynb #c0004
+# %% ../../nbs/10_sweep/04_scheduler.ipynb #c
 MAX_TRIES = 3
 
 
@@ -69,7 +69,8 @@ class Scheduler:
         self.waiting = [QueuedRun(spec) for spec in specs]
         self.running: dict[Future, QueuedRun] = {}
         self.elsewhere: list[QueuedRun] = []
-        self.errors: dict[str, str] = {}  # title of a run that failed: why
+        self.errors: dict[str, str] = {}  # title of a run that failed or was interrupted: why
+        self.out = specs[0].run.path.parent.parent
 
     def run(self) -> None:
         """Until every run has ended. What interrupts it stops the runs in order."""
@@ -85,6 +86,7 @@ class Scheduler:
             raise
 
     def _step(self) -> None:
+        check_guards(self.out)
         self.pool.refresh()
         for reason in self.pool.rejected:
             self.bar.write(reason)
@@ -113,16 +115,21 @@ class Scheduler:
             self.elsewhere.append(queued)
             return
         queued.begun, queued.saved, queued.worker = time.monotonic(), queued.run.saved_step, worker
-        self.running[self.pool.submit(worker, queued.spec.job(self.accept_code))] = queued
+        job = queued.spec.job(self.accept_code) | {"sweep": str(self.out.absolute())}
+        self.running[self.pool.submit(worker, job)] = queued
 
     def _take_result(self, queued: QueuedRun, future: Future) -> None:
         try:
             result = future.result()
         except CancelledError:  # by Dask, which lost the worker
             result = RunResult("died", "Its worker is gone.")
+        except FaceVAEError:  # what no run can do without
+            raise
         except Exception as error:  # whatever came up on a worker; a run itself raises nothing
             result = RunResult("died", f"Its worker failed: {error!r}.")
-        if result.state in ("done", "failed"):
+        if result.state == "gone":
+            raise FaceVAEError(result.error)
+        if result.state in ("done", "failed", "interrupted"):
             self._finish(queued, result, f"({time.monotonic() - queued.begun:.0f} s)")
         elif result.state == "busy":
             self.elsewhere.append(queued)
@@ -150,16 +157,17 @@ class Scheduler:
             self.waiting.insert(0, queued)
             return
         error = (
-            f"{why} It died {MAX_TRIES} times without getting further, so it is not tried again by itself."
+            f"{why} It died {MAX_TRIES} times without getting further, so it is left until the same command "
+            "is given again."
         )
         with contextlib.suppress(FaceVAEError, OSError), acquire(queued.run.path):
-            write_status(queued.run.path, state="failed", error=error)
-        self._finish(queued, RunResult("failed", error))
+            write_status(queued.run.path, state="interrupted", error=error)
+        self._finish(queued, RunResult("interrupted", error))
 
     def _finish(self, queued: QueuedRun, result: RunResult, how: str = "") -> None:
-        if result.state == "failed":
+        if result.state != "done":
             self.errors[queued.title] = result.error
-            self.bar.write(f"{queued.title}: failed: {result.error} {how}".rstrip())
+            self.bar.write(f"{queued.title}: {result.state}: {result.error} {how}".rstrip())
         else:
             self._show_progress(queued, queued.spec.config.steps)
             self.bar.write(" ".join([f"{queued.title}: done {how}", *queued.run.status.get("notes", [])]))
@@ -169,7 +177,7 @@ class Scheduler:
         self.bar.update(max(0, step - queued.shown))
         queued.shown = max(queued.shown, step)
 
-# %% ../../nbs/10_sweep/04_scheduler.ipynb #c0010
+# %% ../../nbs/10_sweep/04_scheduler.ipynb #c
 def run_sweep(
     specs: list[RunSpec],
     data: str | Path,
@@ -182,7 +190,7 @@ def run_sweep(
     retry_failed: bool = False,
     accept_code: bool = False,
 ) -> list[str]:
-    """Execute the runs that are not finished; returns the titles of those that failed.
+    """Execute the runs that are not finished; returns the titles of those that failed or were interrupted.
 
     specs: from `plan_sweep`.
     data: the store.
@@ -191,7 +199,8 @@ def run_sweep(
     scheduler, scheduler_file, tls: a Dask cluster to use instead of this machine, and its certificates.
     retry_failed: try those again that failed before.
     accept_code: keep, and go on with, runs that other code of facevae made.
-    Raises FaceVAEError before anything starts when a worker of the cluster cannot do the work.
+    Raises FaceVAEError before anything starts when a worker of the cluster cannot do the work, and in the
+    middle when the sweep's directory or the store is not there any more.
     """
     store, out = FaceStore(data), specs[0].run.path.parent.parent
     todo = [spec for spec in specs if not spec.done(store, accept_code)]
@@ -217,6 +226,7 @@ def run_sweep(
             pool = stack.enter_context(ClusterWorkerPool(client, data, out))
             pool.wait_until_ready(bar.write)
         bar.write(str(pool))
+        stack.enter_context(guarded_directory(out, "sweep.json"))
         queue = Scheduler(todo, pool, bar, workers, accept_code)
         queue.run()
     return titles + list(queue.errors)

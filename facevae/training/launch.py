@@ -20,9 +20,9 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
 
 from ..config import RunConfig, make_config, parse_settings
-from ..core import FaceVAEError
+from ..core import FaceVAEError, error_sentence
 from .evaluation import evaluate_run
-from .run import RunDirectory
+from .run import RunDirectory, RunInterrupted
 from .trainer import train
 
 # %% ../../nbs/09_training/06_launch.ipynb #c0003
@@ -58,9 +58,10 @@ def launch(config: RunConfig, data: str | Path, out: str | Path, progress: bool 
             notebook_launcher(_train_forked, arguments, **options)
     except Exception as error:  # what a process raised arrives wrapped in one of several classes
         status = RunDirectory(out).status
-        if status["state"] != "failed":
+        if status["state"] not in ("failed", "interrupted"):
             raise
-        raise FaceVAEError(status["error"]) from error
+        kind = RunInterrupted if status["state"] == "interrupted" else FaceVAEError
+        raise kind(status["error"]) from error
     return RunDirectory(out).model
 
 
@@ -72,9 +73,15 @@ def _train_forked(config: RunConfig, *arguments) -> None:
 
 def _free_port() -> int:
     """A port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise FaceVAEError(
+            f"Several processes talk over the loopback interface, which cannot be used ({error.strerror}). "
+            "Bring it up, or set processes=1."
+        ) from error
 
 # %% ../../nbs/09_training/06_launch.ipynb #c0008
 def main(
@@ -88,15 +95,23 @@ def main(
     ] = [],  # noqa: B006
 ):
     """Train and evaluate one hypothesis in the processes that `accelerate launch` has started."""
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main, processes = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1")
     try:
-        overrides = parse_settings(settings) | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+        if not processes.isdecimal():
+            raise FaceVAEError(
+                f"The environment variable WORLD_SIZE is '{processes}'. Leave it unset, or let accelerate "
+                "launch set it."
+            )
+        overrides = parse_settings(settings) | {"processes": int(processes)}
         train(make_config(hypothesis, preset, seed, overrides), data, out)
         if is_main:
             evaluate_run(out, data, progress=True)
-    except FaceVAEError as error:
+    except Exception as error:
+        sentence = error_sentence(error)
+        if not sentence:
+            raise
         if is_main:
-            print(f"facevae: {error}", file=sys.stderr)
+            print(f"facevae: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 # %% ../../nbs/09_training/06_launch.ipynb #c0009

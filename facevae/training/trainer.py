@@ -257,7 +257,7 @@ class Trainer:
                 torch.compiler.cudagraph_mark_step_begin()
             return self.training_terms(batch.images, batch.mask, noise)
         except Exception as error:  # the compiler fails in as many ways as there are machines
-            if not self.compiled or isinstance(error, torch.OutOfMemoryError):
+            if not self.compiled or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 raise
             warnings.warn(
                 f"The step could not be compiled ({type(error).__name__}: {str(error).splitlines()[0]}); "
