@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
-           'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'partial_prefix', 'atomic_file', 'write_text',
-           'atomic_directory', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder', 'notebook_path']
+           'FaceVAEError', 'MissingFile', 'UnreadableFile', 'reading', 'shown_error', 'choices_hint', 'check_guards',
+           'partial_prefix', 'atomic_file', 'write_text', 'atomic_directory', 'file_digest', 'progress_bar',
+           'bundled_models', 'model_folder', 'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
@@ -35,6 +36,44 @@ class FaceVAEError(Exception):
     def __init__(self, text: str = ""):
         text = printable(re.sub(r"\s*[\r\n]+\s*", " ", str(text)))
         super().__init__(text if len(text) <= 4000 else f"{text[:2500]} [...] {text[-1000:]}")
+
+
+class MissingFile(FaceVAEError):
+    """A file that is not there."""
+
+
+class UnreadableFile(FaceVAEError):
+    """A file that cannot be read at this moment, so nothing is known of its content."""
+
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
+_NO_SUCH_FILE = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, problem: str = "cannot be read", remedy: str = "") -> Iterator[None]:
+    """What goes wrong while `path` is read, as an error that tells missing, unreadable and damaged apart.
+
+    problem: what is wrong with a file of other content, for the error.
+    remedy: what the user can do about a file that is missing or damaged, for the error.
+    Raises MissingFile; UnreadableFile when the system refuses to read; FaceVAEError for anything else.
+    """
+    try:
+        yield
+    except FaceVAEError:
+        raise
+    except Exception as error:  # a hostile file can fail in any way
+        number = getattr(error, "errno", None)  # libraries raise an OSError without one for what they read
+        if number in _NOT_THERE:
+            raise MissingFile(f"The file '{path}' is missing. {remedy}".strip()) from None
+        if isinstance(error, MemoryError) or (number is not None and number not in _NO_SUCH_FILE):
+            reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
+            raise UnreadableFile(
+                f"'{path}' could not be read ({reason}), which says nothing about what it holds, so nothing "
+                "was changed. Give the same command again when it can be read."
+            ) from error
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise FaceVAEError(f"'{path}' {problem} ({reason[:300]}). {remedy}".strip()) from None
 
 # %% ../nbs/00_core.ipynb #c0006
 @contextlib.contextmanager
@@ -183,10 +222,28 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #c0022
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: str | Path, progress: bool = False) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits.
+
+    progress: show a bar when it takes long.
+    """
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**20))
+    with (
+        open(path, "rb", buffering=0) as file,
+        tqdm(
+            total=os.fstat(file.fileno()).st_size,
+            desc=f"checking {Path(path).name}",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            delay=3,
+            leave=False,
+        ) as bar,
+    ):
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            bar.update(count)
+    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #c0025
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:

@@ -21,7 +21,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..core import COMPANION_FILES, FaceVAEError, atomic_file, bundled_models, choices_hint
+from facevae.core import (
+    COMPANION_FILES,
+    FaceVAEError,
+    UnreadableFile,
+    atomic_file,
+    bundled_models,
+    choices_hint,
+)
 from ..data.loader import Batches
 from ..data.store import FaceStore
 from ..model.tensors import read_tensors, save_tensors, tensor_shape, tensors_digest
@@ -312,6 +319,7 @@ def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = No
     """The directions in a file; None when it is missing, damaged, or of other weights or another store.
 
     store: None takes those of any store.
+    Raises UnreadableFile when it cannot be read at this moment.
     """
     try:
         count = min(tensor_shape(path, "vectors")[0], MAX_DIRECTIONS)
@@ -327,6 +335,8 @@ def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = No
         ]
         count = int(facts["attributes"])
         return Directions({one.name: one for one in rows[:count]}, rows[count:], mean)
+    except UnreadableFile:
+        raise
     except (FaceVAEError, KeyError, TypeError, ValueError, IndexError):
         return None
 

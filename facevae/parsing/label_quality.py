@@ -18,9 +18,7 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
-from facevae.core import (
-    atomic_file,
-)
+from ..core import FaceVAEError, UnreadableFile, atomic_file, reading
 from facevae.data.images import (
     ImageFolder,
     ImageZip,
@@ -121,16 +119,18 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a PNG is there to its end."""
+    """Whether a PNG is there to its end. Raises UnreadableFile when it cannot be read at this moment."""
 
     def without_waiting(name, flags):  # a pipe would be waited for
         return os.open(name, flags | os.O_NONBLOCK)
 
     try:
-        with open(path, "rb", opener=without_waiting) as file:
+        with reading(path), open(path, "rb", opener=without_waiting) as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
-    except OSError:
+    except UnreadableFile:
+        raise
+    except FaceVAEError:
         return False
 
 
@@ -171,6 +171,8 @@ def read_quality(out: Path, names: Sequence[str]) -> pd.DataFrame:
         table = pd.read_csv(whole_rows, keep_default_na=False, dtype=QUALITY_TYPES)
         if tuple(table.columns) != QUALITY_COLUMNS:
             raise ValueError("other columns")
+    except UnreadableFile:
+        raise
     except Exception:  # a file of somebody else's can fail in any way
         return pd.DataFrame({column: pd.Series(dtype=kind) for column, kind in QUALITY_TYPES.items()})
     return table[table["name"].isin(names)].drop_duplicates("name", keep="last")

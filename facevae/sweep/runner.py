@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import FaceVAEError, atomic_file, notebook_path, write_text
+from ..core import FaceVAEError, atomic_file, notebook_path
+from ..safe_io import write_object
 from ..system import kill
 from facevae.training.lock import (
     STALE_HEARTBEATS,
@@ -38,7 +39,7 @@ from facevae.training.lock import (
 from facevae.training.run import (
     INTERRUPTED_MESSAGE,
     config_differences,
-    read_json,
+    read_config,
     read_status,
     write_status,
 )
@@ -48,7 +49,7 @@ class NotebookError(FaceVAEError):
     """A notebook that did not end well.
 
     cell: number and heading of the notebook cell that failed, if one did.
-    died: its kernel or process vanished, which may not happen again.
+    died: its kernel or process vanished, or a file could not be read, which may not happen again.
     """
 
     def __init__(self, text: str, cell: str | None = None, died: bool = False):
@@ -101,12 +102,12 @@ def execute_notebook(name: str, output: str | Path, parameters: dict[str, Any]) 
             ) from None
     if failure is not None:
         text = failure.evalue
-        if failure.ename != "FaceVAEError":
+        if failure.ename not in ("FaceVAEError", "MissingFile", "UnreadableFile"):
             text = (
                 f"Cell {failure.exec_count} of {name}.ipynb failed with {failure.ename}: {text}. "
                 f"The executed notebook '{output}' shows where."
             )
-        raise NotebookError(text, _failed_cell(source, failure))
+        raise NotebookError(text, _failed_cell(source, failure), died=failure.ename == "UnreadableFile")
 
 
 def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> None:
@@ -286,15 +287,21 @@ def execute_run(
         remedy = "Remove what is in its way, free some space, or choose another --out."
         return RunResult("failed", f"'{path}' cannot be used as a run directory ({error.strerror}). {remedy}")
     with lock:
-        if read_status(path)["state"] == "done":
-            return RunResult("done")
-        saved = read_json(path / "config.json")
-        if saved and (differences := config_differences(config, saved, {"code"} if accept_code else set())):
-            return RunResult("failed", f"'{path}' holds another run: {'; '.join(differences)}.")
         try:
+            if read_status(path)["state"] == "done":
+                return RunResult("done")
+            saved = read_config(path)
+            if saved and (
+                differences := config_differences(config, saved, {"code"} if accept_code else set())
+            ):
+                return RunResult("failed", f"'{path}' holds another run: {'; '.join(differences)}.")
             return _execute_locked(lock, parameters, config, environment or {}, poll)
         except LockLost as error:
             return RunResult("busy", str(error))
+        except (
+            FaceVAEError
+        ) as error:  # a file of the run is damaged, or cannot be read now: it stays as it is
+            return RunResult("failed", str(error))
         except KeyboardInterrupt:
             if lock.held:
                 write_status(path, state="interrupted", error=INTERRUPTED_MESSAGE)
@@ -313,7 +320,7 @@ def _execute_locked(
 ) -> RunResult:
     path, failure = lock.path, None
     # The notebook refuses when it is asked for anything else than what config.json holds.
-    write_text(path / "config.json", json.dumps(config, indent=1))
+    write_object(path / "config.json", config)
     write_status(path, state="running", error=None, cell=None, host=socket.gethostname(), pid=os.getpid())
     process = start_notebook("train", path / "train.ipynb", parameters, environment | lock.environment)
     try:
@@ -336,7 +343,7 @@ def _execute_locked(
 
 def _missing_result(path: Path, config: dict[str, Any]) -> NotebookError | None:
     """Why a notebook that ended well has not made the run that was requested, or None."""
-    if differences := config_differences(config, read_json(path / "config.json")):
+    if differences := config_differences(config, read_config(path)):
         return NotebookError(
             f"The notebook ran other settings than those requested: {'; '.join(differences)}."
         )
