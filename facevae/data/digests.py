@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core import FaceVAEError, file_digest, write_text
 
 # %% ../../nbs/03_data/00_digests.ipynb #c0003
-NOTED_BYTES = 2**26  # the digest of a smaller file is not worth a note on the disk
+NOTED_BYTES = 2**22  # the digest of a smaller file is not worth a note on the disk
 # File, resolved: what it was when it was read, its digest, and when that was.
 _DIGESTS: dict[str, tuple[list[int], str, float]] = {}
 
