@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['REPLACE_GUARDS', 'BLOCKING_ERRNOS', 'PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable',
-           'FaceVAEError', 'shown_error', 'choices_hint', 'check_guards', 'no_follow', 'file_lock', 'machine_id',
-           'discard', 'remove_leftovers', 'temporary_beside', 'private_directory', 'sync', 'atomic_file', 'write_text',
-           'write_quickly', 'restore_directory', 'atomic_directory', 'DirectoryGone', 'guarded_directory',
-           'is_surrounding', 'surrounding_problem', 'check_writable', 'error_sentence', 'file_digest', 'progress_bar',
-           'bundled_models', 'model_folder', 'notebook_path']
+           'FaceVAEError', 'MissingFile', 'UnreadableFile', 'reading', 'shown_error', 'choices_hint', 'check_guards',
+           'no_follow', 'file_lock', 'machine_id', 'discard', 'remove_leftovers', 'temporary_beside',
+           'private_directory', 'sync', 'atomic_file', 'write_text', 'write_quickly', 'restore_directory',
+           'atomic_directory', 'DirectoryGone', 'guarded_directory', 'is_surrounding', 'surrounding_problem',
+           'check_writable', 'error_sentence', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder',
+           'notebook_path']
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0002
 import contextlib
 import difflib
 import errno
@@ -37,7 +38,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0004
 def printable(text: str) -> str:
     """The text with line breaks, control and direction marks written out as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -50,7 +51,45 @@ class FaceVAEError(Exception):
         text = printable(re.sub(r"\s*[\r\n]+\s*", " ", str(text)))
         super().__init__(text if len(text) <= 4000 else f"{text[:2500]} [...] {text[-1000:]}")
 
-# %% ../nbs/00_core.ipynb #c
+
+class MissingFile(FaceVAEError):
+    """A file that is not there."""
+
+
+class UnreadableFile(FaceVAEError):
+    """A file that cannot be read at this moment, so nothing is known of its content."""
+
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
+_NO_SUCH_FILE = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, problem: str = "cannot be read", remedy: str = "") -> Iterator[None]:
+    """What goes wrong while `path` is read, as an error that tells missing, unreadable and damaged apart.
+
+    problem: what is wrong with a file of other content, for the error.
+    remedy: what the user can do about a file that is missing or damaged, for the error.
+    Raises MissingFile; UnreadableFile when the system refuses to read; FaceVAEError for anything else.
+    """
+    try:
+        yield
+    except FaceVAEError:
+        raise
+    except Exception as error:  # a hostile file can fail in any way
+        number = getattr(error, "errno", None)  # libraries raise an OSError without one for what they read
+        if number in _NOT_THERE:
+            raise MissingFile(f"The file '{path}' is missing. {remedy}".strip()) from None
+        if isinstance(error, MemoryError) or (number is not None and number not in _NO_SUCH_FILE):
+            reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
+            raise UnreadableFile(
+                f"'{path}' could not be read ({reason}), which says nothing about what it holds, so nothing "
+                "was changed. Give the same command again when it can be read."
+            ) from error
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise FaceVAEError(f"'{path}' {problem} ({reason[:300]}). {remedy}".strip()) from None
+
+# %% ../nbs/00_core.ipynb #c0006
 @contextlib.contextmanager
 def shown_error(*hidden: str) -> Iterator[None]:
     """Print the FaceVAEError that the block raises, for a notebook that shows what a wrong call gives.
@@ -68,7 +107,7 @@ def shown_error(*hidden: str) -> Iterator[None]:
     else:
         raise AssertionError("The block was expected to raise a FaceVAEError.")
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0010
 def choices_hint(name: str, options: Iterable[str]) -> str:
     """A sentence listing what would have been accepted, led by the option most like a mistyped name.
 
@@ -79,7 +118,7 @@ def choices_hint(name: str, options: Iterable[str]) -> str:
     similar = difflib.get_close_matches(str(name), options, n=1, cutoff=0.6)
     return (f"Did you mean '{similar[0]}'? " if similar else "") + f"Choose from: {', '.join(options)}."
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0014
 # Directory, absolute or resolved: what is called before anything below it is made or replaced.
 REPLACE_GUARDS: dict[str, Callable[[], None]] = {}
 
@@ -133,7 +172,7 @@ def machine_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0015
 _DAY = 86400
 
 
@@ -294,7 +333,7 @@ def write_quickly(path: Path, data: bytes) -> None:
         file.write(data)
     os.replace(partial, path)
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0019
 def _replace_directory(partial: Path, path: Path) -> None:
     """Publish a directory in place of another, which is moved aside first: one of them is always whole."""
     aside = partial.parent / "old"
@@ -347,7 +386,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
                 _replace_directory(partial, path)
         sync(path.parent)
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0023
 class DirectoryGone(FaceVAEError):
     """A directory that results go to is not there any more, or another one is in its place."""
 
@@ -397,7 +436,7 @@ def _guard_as_parent() -> None:
 
 _guard_as_parent()
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0027
 _OCCUPIED = "EISDIR ENOTDIR EEXIST ENOTEMPTY ENAMETOOLONG ELOOP ENOENT"
 _OCCUPIED_ERRNOS = {getattr(errno, name) for name in _OCCUPIED.split()}
 _NO_ROOM = re.compile(
@@ -445,6 +484,8 @@ def surrounding_problem(error: BaseException) -> str:
 
     error: with those that it was raised from.
     """
+    if isinstance(error, UnreadableFile):
+        return str(error)
     cause: BaseException | None = error
     while cause is not None:
         own = not isinstance(cause, FaceVAEError)  # its text may quote anything
@@ -471,13 +512,31 @@ def error_sentence(error: BaseException) -> str:
         return _explained(error)
     return surrounding_problem(error)
 
-# %% ../nbs/00_core.ipynb #c
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# %% ../nbs/00_core.ipynb #c0032
+def file_digest(path: str | Path, progress: bool = False) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits.
 
-# %% ../nbs/00_core.ipynb #c
+    progress: show a bar when it takes long.
+    """
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**20))
+    with (
+        open(path, "rb", buffering=0) as file,
+        tqdm(
+            total=os.fstat(file.fileno()).st_size,
+            desc=f"checking {Path(path).name}",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            delay=3,
+            leave=False,
+        ) as bar,
+    ):
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            bar.update(count)
+    return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #c0035
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 
@@ -490,10 +549,10 @@ def progress_bar(total: int, description: str, unit: str, shown: bool = True, do
     options = dict(desc=description, unit=unit, disable=not shown, smoothing=0.05, mininterval=interval)
     return tqdm(total=total, initial=done, **options)
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0037
 PASSIVE_THREADS_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0039
 DEFAULT_MODEL = "drawn-faces"  # H9 at 72 pixels
 # What may lie beside the weights: the card, and directions in the latent space.
 COMPANION_FILES = ("README.md", "directions.safetensors")
@@ -509,7 +568,7 @@ def model_folder(path: str | Path) -> Path:
     """The folder of a bundled model when `path` is its name and nothing is called so; else the path."""
     return Path(path) if os.path.lexists(path) else bundled_models().get(str(path), Path(path))
 
-# %% ../nbs/00_core.ipynb #c
+# %% ../nbs/00_core.ipynb #c0042
 def notebook_path(name: str) -> Path:
     """Path of a notebook that is part of the package: "train", "figures" or "explore".
 

@@ -113,6 +113,23 @@ def facevae_here(*arguments):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+def rewrite(path, **changes):
+    """Change fields of a JSON file that the library has written, as it would have written them."""
+    from facevae.safe_io import read_object, write_object
+
+    write_object(path, read_object(path) | changes)
+
+
+def let_manifest_agree(store, *names):
+    """Give a store's manifest the digests that its files have now."""
+    from facevae.core import file_digest
+    from facevae.safe_io import read_object
+
+    digests = read_object(store / "manifest.json")["sha256"]
+    digests |= {name: file_digest(store / name) for name in names}
+    rewrite(store / "manifest.json", sha256=digests)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """Makes things that all of a test session read, each once: shared(name, make) gives its folder."""

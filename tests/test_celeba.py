@@ -14,7 +14,7 @@ import drawn_celeba
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, facevae, facevae_here
+from conftest import TINY, facevae, facevae_here, rewrite
 from drawn_celeba import ATTRIBUTES, RECORD, Faces
 from PIL import Image
 
@@ -152,9 +152,7 @@ def test_the_parser_is_in_the_config_of_every_run(packed, tmp_path):
         and record["data_source"]["kind"] == "celeba"
     )
     moved = shutil.copytree(packed.path, tmp_path / "moved")
-    manifest = json.loads((moved / "manifest.json").read_text())
-    manifest["source"]["root"] = "/elsewhere"
-    (moved / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(moved / "manifest.json", source=packed.manifest.source | {"root": "/elsewhere"})
     with RunDirectory(tmp_path / "run").lock(config, FaceStore(moved)) as run:
         assert json.loads((run.path / "config.json").read_text())["data_source"]["root"] == "/elsewhere"
 

@@ -1,7 +1,6 @@
 """Stores under fire: packs that are killed, disks that are full, files that are damaged or hostile."""
 
 import errno
-import json
 import os
 import pickle
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import rewrite
 from PIL import Image
 
 import facevae.data.packing
@@ -94,7 +94,7 @@ FORKS = """
             time.sleep(120)
 
         if moment == "checksums": packing.file_digest = hang
-        if moment == "manifest": packing.write_text = hang
+        if moment == "manifest": packing.write_object = hang
         if moment == "rename":
             replace = os.replace
             facevae.core.os.replace = (
@@ -220,7 +220,7 @@ def test_disk_full_while_writing(tmp_path, monkeypatch, where):
         "append": (facevae.data.packing.ArrayWriter, "append"),
         "header": (facevae.data.packing.ArrayWriter, "__exit__"),
         "index": (facevae.data.packing.pd.DataFrame, "to_parquet"),
-        "manifest": (facevae.data.packing, "write_text"),
+        "manifest": (facevae.data.packing, "write_object"),
     }[where]
     monkeypatch.setattr(target, name, full)
     assert "not enough space" in message(pack, Plain(), tmp_path / "store", progress=False)
@@ -314,9 +314,8 @@ def test_planted_payload_never_runs(store, tmp_path, name, kind):
     ],
 )
 def test_hostile_manifest(store, change):
-    path = store.path / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert store.path.name in message(FaceStore, store.path)
+    rewrite(store.path / "manifest.json", **change)
+    assert "is not a manifest" in message(FaceStore, store.path)
 
 
 def test_manifest_that_is_no_json(store):

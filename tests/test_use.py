@@ -1,6 +1,5 @@
 """A trained model in use: on photos, by command and library, with what people give it by mistake."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import facevae, facevae_here
+from conftest import facevae, facevae_here, rewrite
 from PIL import Image
 
 from facevae.core import FaceVAEError
@@ -79,10 +78,8 @@ def test_a_store_that_says_celeba_is_for_research_alone(model, store, tmp_path):
     from facevae.training.trainer import run_model_card
 
     shutil.copytree(store, tmp_path / "store")
-    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     evil = "<script>alert(1)</script>\n---\nlicense: mit\n# Heading | x"
-    manifest["source"] = {"kind": evil, "images": "/data/CelebA"}
-    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(tmp_path / "store" / "manifest.json", source={"kind": evil, "images": "/data/CelebA"})
     card = run_model_card(RunDirectory(model.parent).config, FaceStore(tmp_path / "store"))
     assert (
         "license: other" in card

@@ -39,7 +39,7 @@ from ..data.labels import FACE_PARTS
 from ..data.store import FaceStore, check_size
 from ..metrics.tables import METRICS
 from ..plotting import figure_png, new_figure, notice_figure, styled
-from ..training.run import read_json
+from ..training.run import read_config
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0005
 def sweep_store(sweep: Sweep, store: FaceStore | None = None) -> FaceStore:
@@ -69,7 +69,7 @@ def _reconstruct(run, store: FaceStore, rows: np.ndarray, load: Callable) -> dic
     from facevae.data.loader import Batches
     from facevae.model.vae import paste_background
 
-    parts = read_json(Path(run.path) / "config.json").get("face_parts")
+    parts = read_config(run.path).get("face_parts")
     parts = tuple(map(str, parts)) if parts and isinstance(parts, (list, tuple)) else FACE_PARTS
     model = load(Path(run.path) / "model").eval()
     size = None if pd.isna(run.size) else check_size(int(run.size))
@@ -101,21 +101,25 @@ def visual_samples(
     hypotheses: which (default: all).
     load: makes a model of a directory (default: `FaceVAE.from_pretrained`).
     Returns original (N, H, W, 3), mask (N, H, W), and by hypothesis recon and predicted (N, H, W, 3) and
-    predicted_mask (N, H, W); all in [0, 1].
+    predicted_mask (N, H, W), all in [0, 1]; and absent, why a hypothesis is not drawn.
     Raises FaceVAEError when the store is gone or not the one of this sweep, or no model can be loaded.
     """
     from facevae.model.vae import FaceVAE
 
     store = sweep_store(sweep, store)
     rows = store.rows("test")[:count] if rows is None else np.asarray(rows)
-    samples = {"recon": {}, "predicted": {}, "predicted_mask": {}}
+    samples = {"recon": {}, "predicted": {}, "predicted_mask": {}, "absent": {}}
     runs = sweep.runs[sweep.runs.state == "done"].sort_values("seed", kind="stable")
     for run in runs.drop_duplicates("hypothesis").itertuples():
         if hypotheses is not None and run.hypothesis not in hypotheses:
             continue
+        if "model/" in run.damaged:
+            samples["absent"][run.hypothesis] = run.error
+            continue
         try:
             drawn = _reconstruct(run, store, rows, load or FaceVAE.from_pretrained)
-        except (FaceVAEError, OSError):
+        except (FaceVAEError, OSError) as error:
+            samples["absent"][run.hypothesis] = str(error)
             continue
         for name, values in drawn.items():
             if name in ("original", "mask"):
@@ -291,13 +295,14 @@ def _extremes(analysis: SweepAnalysis, metric: str = "ssim") -> Figure:
         return notice_figure(f"The faces cannot be drawn: {error}")
 
 
-def _comparison(analysis: SweepAnalysis, samples: dict | None) -> Figure:
-    """The first test faces as each hypothesis draws them, or why they cannot be drawn."""
+def _comparison(analysis: SweepAnalysis, samples: dict | None) -> tuple[Figure, str]:
+    """The first test faces as each hypothesis draws them, or why they cannot be; and who is not drawn."""
     try:
         samples = visual_samples(analysis.sweep) if samples is None else samples
     except FaceVAEError as error:
-        return notice_figure(f"The faces cannot be drawn: {error}")
-    return visual_comparison(samples, analysis.sweep.runs)
+        return notice_figure(f"The faces cannot be drawn: {error}"), ""
+    absent = " ".join(f"{name} is not drawn: {reason}" for name, reason in samples.get("absent", {}).items())
+    return visual_comparison(samples, analysis.sweep.runs), absent
 
 
 def study_figures(
@@ -343,6 +348,8 @@ def study_figures(
     drawn = {}
     for name, (draw, *arguments) in figures.items():
         if names is None or name in names:
-            caption = " ".join(texts[name]["caption"].format(**fields).split())
-            drawn[name] = ReportFigure(texts[name]["title"], caption, draw(*arguments))
+            figure = draw(*arguments)
+            figure, remark = figure if isinstance(figure, tuple) else (figure, "")
+            caption = " ".join([*texts[name]["caption"].format(**fields).split(), remark]).strip()
+            drawn[name] = ReportFigure(texts[name]["title"], caption, figure)
     return drawn

@@ -129,7 +129,8 @@ def _missing_runs(runs: pd.DataFrame) -> dict | None:
 
 def _notes(sweep: Sweep) -> list[tuple[str, str]]:
     """(label, note): what is absent, and what one has to know to read the numbers."""
-    notes = []
+    damaged = sweep.runs[(sweep.runs.state == "done") & (sweep.runs.error.fillna("") != "")]
+    notes = [(f"{run.hypothesis} seed {run.seed}:", run.error) for run in damaged.itertuples()]
     for name, reason in sweep.absent.items():
         notes.append((f"{METRICS[name].label if name in METRICS else name} is absent:", reason))
     if "ms_ssim" in sweep.notes:

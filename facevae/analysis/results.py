@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import FaceVAEError, file_digest
+from ..core import FaceVAEError, MissingFile
 from ..metrics.tables import METRICS, load_latents, load_metrics
 from ..safe_io import JSON_NUMBER, read_bytes, read_object, type_problems
 from ..sweep.plan import read_sweep
+from ..training.files import damaged_results
 from ..training.run import read_state, status_fields
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0005
@@ -77,12 +78,15 @@ def _read_status(path: Path) -> dict:
     return status
 
 
-def _read_metrics(path: Path, requested: dict, digest: str | None) -> tuple[dict, pd.DataFrame]:
+def _read_metrics(path: Path, requested: dict, damaged: dict[str, str]) -> tuple[dict, pd.DataFrame]:
     """(config, metrics) of a finished run. Raises FaceVAEError when they are not what was requested.
 
-    digest: SHA-256 that metrics.parquet had when it was written; None when nobody noted it.
+    damaged: why files of the run cannot be used, by name.
     """
     try:
+        for name in ("config.json", "metrics.parquet"):
+            if name in damaged:
+                raise FaceVAEError(damaged[name])
         config = read_object(path / "config.json")
         problems = list(type_problems(config, {"size": JSON_NUMBER, "batch_size": JSON_NUMBER}).values())
         problems = problems or [
@@ -93,8 +97,6 @@ def _read_metrics(path: Path, requested: dict, digest: str | None) -> tuple[dict
         if problems:
             raise FaceVAEError(f"it trained something else: {'; '.join(problems)}")
         metrics = load_metrics(path / "metrics.parquet")
-        if digest not in (None, file_digest(path / "metrics.parquet")):
-            raise FaceVAEError("metrics.parquet changed after it was written; evaluate the run again")
     except FaceVAEError as error:
         raise FaceVAEError(f"results cannot be used: {error}") from None
     return config, metrics
@@ -105,29 +107,39 @@ CONFIG_FIELDS = ("size", "batch_size")
 
 
 def read_run(path: Path, requested: dict) -> tuple[dict, pd.DataFrame | None, pd.DataFrame | None]:
-    """One run as (fields, metrics, log): never raises, an unreadable part is None and `error` says why.
+    """One run as (fields, metrics, log): never raises, an unusable part is None and `error` says why.
 
     path: the run directory.
     requested: hypothesis, terms, mask and seed, as sweep.json has them.
     """
     run = {**requested, "state": "missing", "error": "never started", "path": str(path), "images": 0}
-    run |= dict.fromkeys((*STATUS_FIELDS, *CONFIG_FIELDS, "images_per_second"))
+    run |= dict.fromkeys((*STATUS_FIELDS, *CONFIG_FIELDS, "images_per_second")) | {"damaged": ""}
     metrics = log = None
     if not path.is_dir():
         return run, metrics, log
-    with contextlib.suppress(FaceVAEError):
+    log_problem = ""
+    try:
         log = read_log(path / "log.jsonl")
-        run["images_per_second"] = pd.to_numeric(log.images_per_second).median()
+    except MissingFile:
+        pass
+    except FaceVAEError as error:
+        log_problem = str(error)
     try:
         status = _read_status(path)
         run |= {key: status.get(key) for key in STATUS_FIELDS}
         run["state"] = status.get("state") or "unusable"
         run["error"] = status.get("error") or ("" if status.get("state") else "status.json has no state")
         if run["state"] == "done":
-            config, metrics = _read_metrics(path, requested, status.get("metrics_sha256"))
+            problems = damaged_results(path, status)
+            problems = ({"log.jsonl": log_problem} if log_problem else {}) | problems
+            log = None if "log.jsonl" in problems else log
+            run |= {"damaged": ", ".join(problems), "error": " ".join(problems.values())}
+            config, metrics = _read_metrics(path, requested, problems)
             run |= {key: config.get(key) for key in CONFIG_FIELDS} | {"images": metrics.image.nunique()}
     except FaceVAEError as error:
         run |= {"state": "unusable", "error": str(error)}
+    if log is not None:
+        run["images_per_second"] = pd.to_numeric(log.images_per_second).median()
     return run, metrics, log
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0012
@@ -137,7 +149,7 @@ class Sweep:
 
     path: its directory.
     manifest: sweep.json.
-    runs: a row for each requested hypothesis and seed, with state and error.
+    runs: a row for each requested hypothesis and seed, with state, error, and which of its files are damaged.
     metrics: a row for each run, image and view.
     curves: a row for each run, kind, step and term, from the logs.
     latents: a row for each run and latent dimension.
@@ -180,8 +192,14 @@ def load_sweep(path: str | Path) -> Sweep:
             notes |= {name: note for name, note in table.attrs.items() if name != "absent"}
             table.attrs = {}  # tables of different attrs cannot be joined
             metrics.append(table.assign(**requested))
-            with contextlib.suppress(FaceVAEError):  # runs of older versions have none
+            if "latents.parquet" in run["damaged"]:
+                continue
+            try:
                 latents.append(load_latents(Path(run["path"]) / "latents.parquet").assign(**requested))
+            except MissingFile:  # runs of older versions have none
+                pass
+            except FaceVAEError as error:
+                run["error"] = f"{run['error']} {error}".strip()
     columns = None if runs else list(read_run(path, dict.fromkeys(RUN_KEYS))[0])
     return Sweep(
         path=path,

@@ -90,7 +90,7 @@ def cli_verify(store: Annotated[Path, typer.Argument(help="A store.")]):
     """Read a whole store and compare it with its checksums."""
     from facevae.data.store import FaceStore
 
-    typer.echo(store_summary(FaceStore(store).verify()))
+    typer.echo(store_summary(FaceStore(store).verify(progress=True)))
 
 
 app.command("parse-masks")(cli_parse_masks)
@@ -120,8 +120,11 @@ def cli_train(
     config = make_config(hypothesis, preset, seed, overrides).fit(store.size)
     spec = RunSpec(config, RunDirectory(out), overrides, data)
     if spec.done(store, accept_code):
+        if spec.damage:
+            raise FaceVAEError(spec.damage)
         typer.echo(f"{out} is finished already.")
         return
+    store.check(progress=True)
     with progress_bar(config.steps, spec.title, "step") as bar:
 
         def show_progress():

@@ -231,7 +231,8 @@ class Batches:
     limit: use only the first so many.
     device: where batches are used.
     shard: (index, count) of processes: each has its part of a training batch, every count-th batch of a pass.
-    Raises FaceVAEError for an empty split, a size the store cannot give, or a batch that cannot be shared.
+    Raises FaceVAEError for a store that changed after it was packed, an empty split, a size the store cannot
+    give, or a batch that cannot be shared.
 
     source: where the bytes come from, see `use`.
     """
@@ -251,6 +252,7 @@ class Batches:
     ):
         self.store, self.size, self.batch_size, self.seed = store, size or store.size, batch_size, seed
         self.parts, self.flip, self.device = tuple(parts), flip, torch.device(device)
+        store.check()
         self.rows = store.rows(split)[:limit]
         if not len(self.rows):
             raise FaceVAEError(

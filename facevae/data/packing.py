@@ -35,7 +35,6 @@ from facevae.core import (
     printable,
     progress_bar,
     remove_leftovers,
-    write_text,
 )
 from .labels import scheme_warning
 from facevae.data.store import (
@@ -50,7 +49,7 @@ from facevae.data.store import (
     hash_split,
     open_array,
 )
-from ..safe_io import name_problem
+from ..safe_io import name_problem, write_object
 
 # %% ../../nbs/03_data/03_packing.ipynb #c0004
 @dataclass
@@ -262,7 +261,7 @@ def _write_store(source: Source, out: Path, partial: Path, max_bad: float, progr
         notes=[*source.notes, *filter(None, [warning])],
         skipped=[SkippedInput(name=printable(bad.name), reason=printable(bad.reason)) for bad in skipped],
     )
-    write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
+    write_object(partial / "manifest.json", manifest.model_dump(mode="json"))
     return warning
 
 # %% ../../nbs/03_data/03_packing.ipynb #c0014

@@ -7,10 +7,12 @@ __all__ = ['LABEL_COLOURS', 'REPACK', 'IMAGE_SIZES', 'SPLITS', 'STORE_FILES', 'R
            'ArrayWriter', 'open_array', 'check_size', 'hash_split', 'read_index', 'SkippedInput', 'Manifest',
            'read_manifest', 'FaceStore']
 
-# %% ../../nbs/03_data/02_store.ipynb #c0002
+# %% ../../nbs/03_data/02_store.ipynb #c
 import colorsys
 import hashlib
+import json
 import os
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,16 +20,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from tqdm import tqdm
 
-from ..core import FaceVAEError, choices_hint, file_digest, printable, restore_directory
+from facevae.core import (
+    FaceVAEError,
+    MissingFile,
+    choices_hint,
+    file_digest,
+    printable,
+    reading,
+    restore_directory,
+)
+from .digests import known_digest
 from .labels import LABEL_CLASSES
-from ..safe_io import MAX_JSON_BYTES, name_problem, read_bytes, read_table, require_file
+from ..safe_io import MAX_JSON_BYTES, check_object, name_problem, read_bytes, read_table, require_file
 
 if TYPE_CHECKING:  # whoever only opens stores does without pandas
     import pandas as pd
 
-# %% ../../nbs/03_data/02_store.ipynb #c0004
+# %% ../../nbs/03_data/02_store.ipynb #c
 # Hues a golden section apart, full and pale in turn: classes that touch never look alike.
 LABEL_COLOURS = np.array(
     [
@@ -56,7 +66,7 @@ def image_grid(images: np.ndarray, labels: np.ndarray | None = None, columns: in
     grid = grid.reshape(rows, columns, size, size, 3).swapaxes(1, 2)  # (rows, S, columns, S, 3)
     return Image.fromarray(grid.reshape(rows * size, columns * size, 3))
 
-# %% ../../nbs/03_data/02_store.ipynb #c0012
+# %% ../../nbs/03_data/02_store.ipynb #c
 REPACK = "Copy the store again, or pack it again."
 
 
@@ -103,7 +113,7 @@ class ArrayWriter:
                 if kind is None:
                     raise
 
-# %% ../../nbs/03_data/02_store.ipynb #c0015
+# %% ../../nbs/03_data/02_store.ipynb #c
 def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     """Map a uint8 `.npy` file into memory, read-only.
 
@@ -113,30 +123,25 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     """
     path, shape = Path(path), tuple(shape)
     require_file(path, REPACK)
-    try:
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of the format")
-            stored_shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-    except Exception as error:  # a hostile header can fail in any way
-        raise FaceVAEError(
-            f"'{path}' is not a numpy array that a store can hold ({str(error)[:300]}). {REPACK}"
-        ) from None
+    with reading(path, "is not a numpy array that a store can hold", REPACK), open(path, "rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another version of the format")
+        stored_shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype != np.uint8 or fortran_order or stored_shape != shape:
         raise FaceVAEError(f"'{path}' holds {dtype} {stored_shape}; expected was uint8 {shape}. {REPACK}")
-    size, expected = path.stat().st_size, start + int(np.prod([int(n) for n in shape], dtype=object))
+    expected = start + int(np.prod([int(n) for n in shape], dtype=object))
     if size != expected:
         raise FaceVAEError(
             f"'{path}' is {size:,} bytes long and should be {expected:,}: "
             f"it was cut short or changed. {REPACK}"
         )
-    try:
+    with reading(
+        path, "cannot be mapped into memory", REPACK
+    ):  # a file full of holes may claim to be petabytes
         return np.memmap(path, np.uint8, "r", start, shape)
-    except (OSError, ValueError, OverflowError) as error:  # a file full of holes may claim to be petabytes
-        raise FaceVAEError(f"'{path}' cannot be mapped into memory ({error}). {REPACK}") from None
 
-# %% ../../nbs/03_data/02_store.ipynb #c0022
+# %% ../../nbs/03_data/02_store.ipynb #c
 IMAGE_SIZES = (36, 72, 144, 288)
 SPLITS = ("train", "val", "test")
 
@@ -161,7 +166,7 @@ def hash_split(name: str) -> str:
         return "train"
     return "val" if fraction < 0.9 else "test"
 
-# %% ../../nbs/03_data/02_store.ipynb #c0027
+# %% ../../nbs/03_data/02_store.ipynb #c
 def read_index(path: str | Path, count: int) -> "pd.DataFrame":
     """The index table of a store: name, split, then a bool column for each attribute.
 
@@ -186,7 +191,7 @@ def read_index(path: str | Path, count: int) -> "pd.DataFrame":
         raise FaceVAEError(f"'{path}' is not the index of a store ({problem}). {REPACK}")
     return index
 
-# %% ../../nbs/03_data/02_store.ipynb #c0031
+# %% ../../nbs/03_data/02_store.ipynb #c
 STORE_FILES = ("images.npy", "labels.npy", "index.parquet")
 RESIZE_METHOD = "squash: Pillow bilinear with antialias (images), nearest (labels)"
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -214,6 +219,7 @@ class Manifest(BaseModel):
     sha256: dict[Literal[STORE_FILES], Sha256] = Field(min_length=len(STORE_FILES))
     skipped: list[SkippedInput] = []
     notes: list[str] = []
+    content_sha256: Sha256 | None = Field(None, exclude=True)  # of all the other fields
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -223,17 +229,22 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     restore_directory(path)
-    if not path.is_dir():
-        what = f"'{path}' is a file, not a store" if path.exists() else f"There is no store at '{path}'"
-        raise FaceVAEError(f"{what}. Make one with: facevae pack synthetic --count 2000 --out STORE")
+    with reading(path):
+        if not os.path.isdir(path):
+            what = f"'{path}' is a file, not a store" if _is_there(path) else f"There is no store at '{path}'"
+            raise FaceVAEError(f"{what}. Make one with: facevae pack synthetic --count 2000 --out STORE")
     file = path / "manifest.json"
-    if not file.is_file() or ".partial" in (path.suffix, path.absolute().parent.suffix):
+    try:
+        if ".partial" in (path.suffix, path.absolute().parent.suffix):
+            raise MissingFile
+        data = read_bytes(file, MAX_JSON_BYTES, REPACK)
+    except MissingFile:
         raise FaceVAEError(
             f"'{path}' is not a store, or one whose packing was interrupted: "
             "it has no manifest.json under its final name. Pack it again, or name another directory."
-        )
+        ) from None
     try:
-        return Manifest.model_validate_json(read_bytes(file, MAX_JSON_BYTES, REPACK))
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -241,8 +252,20 @@ def read_manifest(path: str | Path) -> Manifest:
             f"'{file}' is not a manifest that this version of facevae can read ({where}: {first['msg']}). "
             "Pack the store again, or update facevae if a newer version made it."
         ) from None
+    with reading(file, "cannot be used", REPACK):
+        check_object(json.loads(data))
+    return manifest
 
-# %% ../../nbs/03_data/02_store.ipynb #c0037
+
+def _is_there(path: Path) -> bool:
+    """Whether a path leads to anything. Raises OSError when the system does not tell."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+# %% ../../nbs/03_data/02_store.ipynb #c
 class FaceStore:
     """Packed faces, read-only.
 
@@ -260,7 +283,35 @@ class FaceStore:
         shape = (self.manifest.count, self.size, self.size)
         self.images = open_array(self.path / "images.npy", (*shape, 3))
         self.labels = open_array(self.path / "labels.npy", shape)
-        require_file(self.path / "index.parquet", REPACK)
+        self._check_file("index.parquet")
+
+    def _check_file(self, name: str, progress: bool = False, again: bool = False) -> float:
+        """When a file was last read, to be compared with the manifest.
+
+        again: read it now.
+        Raises FaceVAEError when it is not what the manifest says.
+        """
+        path = self.path / name
+        require_file(path, REPACK)
+        with reading(path, remedy=REPACK):
+            digest, when = (
+                (file_digest(path, progress), time.time()) if again else known_digest(path, progress)
+            )
+        if digest != self.manifest.sha256[name]:
+            raise FaceVAEError(
+                f"'{path}' does not match its checksum in manifest.json: "
+                f"it changed after it was packed (a damaged copy, a failing disk). {REPACK}"
+            )
+        return when
+
+    def check(self, progress: bool = False) -> float:
+        """Compare every file with the manifest, reading what changed since this machine last read it.
+
+        progress: show a bar when it takes long.
+        Returns when the files were read, in seconds since 1970; the earliest of them.
+        Raises FaceVAEError, naming the file, for a wrong checksum.
+        """
+        return min(self._check_file(name, progress) for name in STORE_FILES)
 
     @cached_property
     def index(self) -> "pd.DataFrame":
@@ -295,12 +346,8 @@ class FaceStore:
         Raises FaceVAEError, naming the file, for a wrong checksum, a label that is no class, a name that
         occurs twice, or an empty split.
         """
-        for name in tqdm(STORE_FILES, desc="checksums", disable=not progress):
-            if file_digest(self.path / name) != self.manifest.sha256[name]:
-                raise FaceVAEError(
-                    f"'{self.path / name}' does not match its checksum in manifest.json: "
-                    f"it changed after it was packed (a damaged copy, a failing disk). {REPACK}"
-                )
+        for name in STORE_FILES:
+            self._check_file(name, progress, again=True)
         for start in range(0, len(self), 256):
             highest = self.labels[start : start + 256].max()
             if highest >= len(LABEL_CLASSES):

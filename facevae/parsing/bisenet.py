@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
-from ..core import FaceVAEError, file_digest
+from ..core import FaceVAEError, file_digest, reading
 from ..data.labels import LABEL_SCHEMES
 from .parser import FaceParser, read_weights
 
@@ -132,8 +132,9 @@ def fetch_bisenet(progress: bool = True) -> Path:
     Raises FaceVAEError, saying what to do by hand.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / "parsing_bisenet.pth"
-    if path.is_file() and path.stat().st_size == BISENET_BYTES and file_digest(path) == BISENET_SHA256:
-        return path
+    with reading(path):
+        if path.is_file() and path.stat().st_size == BISENET_BYTES and file_digest(path) == BISENET_SHA256:
+            return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # to a file beside it, renamed when its digest is right

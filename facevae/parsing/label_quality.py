@@ -7,7 +7,7 @@ __all__ = ['SCORE_SIZE', 'DOUBT_WEIGHTS', 'MIN_FACE_AREA', 'MAX_FACE_AREA', 'QUA
            'MAX_QUALITY_BYTES', 'QUALITY_TYPES', 'score_labels', 'label_name', 'doubtful_grid', 'is_whole',
            'write_labels', 'read_quality', 'write_table']
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0002
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
 import io
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
-from ..core import atomic_file, write_quickly
+from ..core import FaceVAEError, UnreadableFile, atomic_file, reading, write_quickly
 from facevae.data.images import (
     ImageFolder,
     ImageZip,
@@ -31,7 +31,7 @@ from ..data.labels import class_ids, part_heights
 from ..data.store import image_grid
 from ..safe_io import path_inside, read_bytes
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0004
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
 SCORE_SIZE = 256
 DOUBT_WEIGHTS = {
     "skin": 1.0,
@@ -89,7 +89,7 @@ def score_labels(labels: np.ndarray) -> dict:
         "doubt": round(doubt, 4),
     }
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0010
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
 def label_name(name: str) -> str:
     """The label map of an image: its path with another suffix."""
     return f"{stem(name)}.png"
@@ -114,21 +114,23 @@ def doubtful_grid(
             continue
     return image_grid(*map(np.stack, zip(*faces))) if faces else None
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0014
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a PNG is there to its end."""
+    """Whether a PNG is there to its end. Raises UnreadableFile when it cannot be read at this moment."""
 
     def without_waiting(name, flags):  # a pipe would be waited for
         return os.open(name, flags | os.O_NONBLOCK)
 
     try:
-        with open(path, "rb", opener=without_waiting) as file:
+        with reading(path), open(path, "rb", opener=without_waiting) as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
-    except OSError:
+    except UnreadableFile:
+        raise
+    except FaceVAEError:
         return False
 
 
@@ -146,7 +148,7 @@ def write_labels(out: Path, name: str, labels: np.ndarray) -> None:
     Image.fromarray(labels).save(data, "PNG", compress_level=4)
     write_quickly(path, data.getvalue())
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0018
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
 QUALITY_FILE = "quality.csv"
 MAX_QUALITY_BYTES = 2**31
 QUALITY_TYPES = dict.fromkeys(QUALITY_COLUMNS, float) | {
@@ -165,6 +167,8 @@ def read_quality(out: Path, names: Sequence[str]) -> pd.DataFrame:
         table = pd.read_csv(whole_rows, keep_default_na=False, dtype=QUALITY_TYPES)
         if tuple(table.columns) != QUALITY_COLUMNS:
             raise ValueError("other columns")
+    except UnreadableFile:
+        raise
     except Exception:  # a file of somebody else's can fail in any way
         return pd.DataFrame({column: pd.Series(dtype=kind) for column, kind in QUALITY_TYPES.items()})
     return table[table["name"].isin(names)].drop_duplicates("name", keep="last")

@@ -30,7 +30,7 @@ from ..core import PASSIVE_THREADS_ENV, FaceVAEError, machine_id, temporary_besi
 from ..data.store import FaceStore
 from .runner import RunResult, execute_run
 from ..system import cpu_count
-from ..training.run import code_digest
+from ..training.source_code import code_digest
 
 if TYPE_CHECKING:
     import distributed

@@ -9,7 +9,6 @@ __all__ = ['MAX_RUNS', 'SweepHypothesis', 'SweepFile', 'read_sweep', 'settings_t
 # %% ../../nbs/10_sweep/01_plan.ipynb #c
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,10 +18,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from .. import __version__
 from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
-from ..core import FaceVAEError, choices_hint, file_lock, guarded_directory, write_text
+from facevae.core import (
+    FaceVAEError,
+    MissingFile,
+    UnreadableFile,
+    choices_hint,
+    file_lock,
+    guarded_directory,
+)
 from ..data.store import FaceStore
-from ..safe_io import name_problem, path_inside, read_object
+from ..safe_io import name_problem, path_inside, read_object, write_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
+from ..training.files import damaged_results
 from ..training.lock import heartbeat_seconds
 from facevae.training.run import (
     RunDirectory,
@@ -90,8 +97,10 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
         saved = read_object(Path(path) / "sweep.json", remedy, max_bytes=4 * 2**20)
         SweepFile.model_validate(saved)
         return saved
+    except UnreadableFile:
+        raise
     except FaceVAEError as error:
-        raise FaceVAEError(f"'{path}' is not a sweep. {error}") from None
+        raise type(error)(f"'{path}' is not a sweep. {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -144,6 +153,11 @@ class RunSpec:
                 "version back."
             )
         return self.run.status["state"] == "done"
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with the files of the finished run, or an empty text."""
+        return " ".join(damaged_results(self.run.path, self.run.status).values())
 
     def job(self, accept_code: bool = False) -> dict[str, Any]:
         """Arguments for `execute_run`, as plain data with absolute paths, for any machine."""
@@ -201,10 +215,12 @@ def plan_sweep(
     preset, overrides: as for `make_config`.
     only: a part of them, as `select_runs` reads it.
     accept_code: runs that other code of facevae made are part of it.
-    Raises FaceVAEError when the directory holds a sweep with other settings.
+    Raises FaceVAEError when the store changed after it was packed, or the directory holds a sweep with other
+    settings.
     """
     heartbeat_seconds()  # which no run could do without
     store, out, overrides = FaceStore(data), Path(out), dict(overrides or {})
+    store.check(progress=True)
     saved = _saved_sweep(out)
     default = saved if only else {}
     chosen = parse_hypotheses(hypotheses or [h["name"] for h in default.get("hypotheses", [])] or "all")
@@ -244,7 +260,10 @@ def plan_sweep(
 
 def _saved_sweep(out: Path) -> dict[str, Any]:
     """What the directory's sweep.json holds, checked, or nothing when it has none."""
-    return read_sweep(out) if os.path.lexists(out / "sweep.json") else {}
+    try:
+        return read_sweep(out)
+    except MissingFile:
+        return {}
 
 
 def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis], seeds: list[int]) -> None:
@@ -260,7 +279,7 @@ def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis]
         }
         fields["hypotheses"] = list(by_name.values())
         fields["seeds"] = sorted({*saved.get("seeds", []), *seeds})
-        write_text(out / "sweep.json", json.dumps(fields, indent=1))
+        write_object(out / "sweep.json", fields)
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c
 def run_report(sweep: str | Path) -> Path:

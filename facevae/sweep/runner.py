@@ -6,7 +6,7 @@
 __all__ = ['NotebookError', 'execute_notebook', 'start_notebook', 'wait_for_notebook', 'stop_notebook', 'RunResult',
            'execute_run']
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0002
 import contextlib
 import json
 import logging
@@ -28,14 +28,14 @@ from facevae.core import (
     BLOCKING_ERRNOS,
     DirectoryGone,
     FaceVAEError,
+    UnreadableFile,
     atomic_file,
     is_surrounding,
     notebook_path,
     surrounding_problem,
-    write_text,
 )
 from ..data.store import FaceStore
-from ..system import kill
+from ..safe_io import write_object
 from facevae.training.lock import (
     STALE_HEARTBEATS,
     LockBusy,
@@ -51,12 +51,12 @@ from facevae.training.run import (
     RESUMES,
     RunInterrupted,
     config_differences,
-    read_json,
+    read_config,
     read_status,
     write_status,
 )
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0004
 class NotebookError(FaceVAEError):
     """A notebook that did not end well.
 
@@ -116,8 +116,8 @@ def execute_notebook(name: str, output: str | Path, parameters: dict[str, Any]) 
                 died=True,
             ) from None
     if failure is not None:
-        text, interrupted = failure.evalue, failure.ename == "RunInterrupted"
-        if failure.ename not in ("FaceVAEError", "RunInterrupted"):
+        text, interrupted = failure.evalue, failure.ename in ("RunInterrupted", "UnreadableFile")
+        if failure.ename not in ("FaceVAEError", "MissingFile", "RunInterrupted", "UnreadableFile"):
             interrupted = is_surrounding(failure.ename, text)
             text = (
                 f"Cell {failure.exec_count} of {name}.ipynb failed with {failure.ename}: {text}. "
@@ -151,7 +151,7 @@ def _run_papermill(source: Path, output: Path, parameters: dict[str, Any]) -> No
             config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
         )
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0008
 def start_notebook(
     name: str, output: str | Path, parameters: dict[str, Any], environment: dict[str, str] | None = None
 ) -> subprocess.Popen:
@@ -215,7 +215,7 @@ def stop_notebook(process: subprocess.Popen) -> None:
             process.kill()
             process.wait()
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0009
 def _child() -> None:
     """What the process runs: the notebook, then its error, if any, as one line of JSON."""
     job = json.loads(sys.argv[-1])
@@ -248,7 +248,7 @@ def _end_with(parent: int) -> None:
         time.sleep(0.5)
     os._exit(1)
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0014
 @dataclass(frozen=True)
 class RunResult:
     """How the execution of a run ended.
@@ -282,7 +282,7 @@ class _Watch:
             self.process.kill()
             raise NotebookError(f"It has not given a heartbeat for {silence:.0f} seconds.", died=True)
 
-# %% ../../nbs/10_sweep/00_runner.ipynb #c
+# %% ../../nbs/10_sweep/00_runner.ipynb #c0016
 def execute_run(
     path: str | Path,
     parameters: dict[str, Any],
@@ -319,17 +319,19 @@ def execute_run(
         state = "failed" if error.errno in BLOCKING_ERRNOS else "interrupted"
         return RunResult(state, f"'{path}' cannot be used as a run directory ({error.strerror}). {remedy}")
     with lock:
-        if read_status(path)["state"] == "done":
-            return RunResult("done")
-        saved = read_json(path / "config.json")
-        if saved and (differences := config_differences(config, saved, {"code"} if accept_code else set())):
-            return RunResult("failed", f"'{path}' holds another run: {'; '.join(differences)}.")
         try:
+            if read_status(path)["state"] == "done":
+                return RunResult("done")
+            _check_config(path, config, {"code"} if accept_code else set())
             return _execute_locked(lock, parameters, config, environment or {}, poll)
         except DirectoryGone as error:
             return RunResult("gone", str(error))
         except LockLost as error:
             return RunResult("busy", str(error))
+        except (
+            FaceVAEError
+        ) as error:  # a file of the run is damaged, or cannot be read now: it stays as it is
+            return RunResult("interrupted" if isinstance(error, UnreadableFile) else "failed", str(error))
         except KeyboardInterrupt:
             if lock.held:
                 write_status(path, state="interrupted", error=INTERRUPTED_MESSAGE)
@@ -342,6 +344,14 @@ def execute_run(
             return RunResult("interrupted", str(RunInterrupted(problem)))
 
 
+def _check_config(path: Path, config: dict[str, Any], accepted: set[str]) -> None:
+    """Raise FaceVAEError when the directory of a run holds another one."""
+    saved = read_config(path)
+    differences = config_differences(config, saved, accepted) if saved else []
+    if differences:
+        raise FaceVAEError(f"'{path}' holds another run: {'; '.join(differences)}.")
+
+
 def _execute_locked(
     lock: RunLock,
     parameters: dict[str, Any],
@@ -351,7 +361,7 @@ def _execute_locked(
 ) -> RunResult:
     path, failure = lock.path, None
     # The notebook refuses when it is asked for anything else than what config.json holds.
-    write_text(path / "config.json", json.dumps(config, indent=1))
+    write_object(path / "config.json", config)
     write_status(path, state="running", error=None, cell=None, host=socket.gethostname(), pid=os.getpid())
     process = start_notebook("train", path / "train.ipynb", parameters, environment | lock.environment)
     try:
@@ -379,17 +389,15 @@ def _execute_locked(
 def _store_problem(parameters: dict[str, Any]) -> str:
     """Why a run's store cannot be opened any more; "" when it can."""
     try:
-        FaceStore(parameters["data"])
+        FaceStore(parameters.get("data", ""))
     except FaceVAEError as error:
-        return str(error)
-    except KeyError:
-        pass
+        return str(error) if "data" in parameters else ""
     return ""
 
 
 def _missing_result(path: Path, config: dict[str, Any]) -> NotebookError | None:
     """Why a notebook that ended well has not made the run that was requested, or None."""
-    if differences := config_differences(config, read_json(path / "config.json")):
+    if differences := config_differences(config, read_config(path)):
         return NotebookError(
             f"The notebook ran other settings than those requested: {'; '.join(differences)}."
         )

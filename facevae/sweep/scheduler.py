@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..core import FaceVAEError, check_guards, guarded_directory, progress_bar
+from ..core import FaceVAEError, UnreadableFile, check_guards, guarded_directory, progress_bar
 from ..data.store import FaceStore
 from facevae.sweep.cluster import (
     ClusterWorkerPool,
@@ -173,7 +173,9 @@ class Scheduler:
             self.bar.write(" ".join([f"{queued.title}: done {how}", *queued.run.status.get("notes", [])]))
 
     def _show_progress(self, queued: QueuedRun, step: int | None = None) -> None:
-        step = step or queued.run.status.get("step") or 0
+        with contextlib.suppress(UnreadableFile):  # it is shown next time
+            step = step or queued.run.status.get("step")
+        step = step or 0
         self.bar.update(max(0, step - queued.shown))
         queued.shown = max(queued.shown, step)
 
@@ -190,7 +192,7 @@ def run_sweep(
     retry_failed: bool = False,
     accept_code: bool = False,
 ) -> list[str]:
-    """Execute the runs that are not finished; returns the titles of those that failed or were interrupted.
+    """Execute the runs that are not finished; returns the titles of those that are not done after it.
 
     specs: from `plan_sweep`.
     data: the store.
@@ -204,11 +206,12 @@ def run_sweep(
     """
     store, out = FaceStore(data), specs[0].run.path.parent.parent
     todo = [spec for spec in specs if not spec.done(store, accept_code)]
+    damaged = [spec for spec in specs if spec not in todo and spec.damage]
     failed = [spec for spec in todo if spec.initial_state == "failed" and not retry_failed]
     todo = [spec for spec in todo if spec not in failed]
     total = sum(spec.config.steps for spec in specs)
     bar = progress_bar(total, "sweep", "step", progress, done=total - sum(spec.config.steps for spec in todo))
-    titles = [spec.title for spec in failed]
+    titles = [spec.title for spec in failed + damaged]
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
         for spec in failed:
@@ -216,6 +219,8 @@ def run_sweep(
             bar.write(
                 f"{spec.title}: failed before and is left alone: {error} Give --retry-failed to try it again."
             )
+        for spec in damaged:
+            bar.write(f"{spec.title}: {spec.damage}")
         if not todo:
             return titles
         if scheduler is None and scheduler_file is None:

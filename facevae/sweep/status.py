@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import UnreadableFile
 from .plan import read_sweep
+from ..training.files import damaged_results
 from ..training.run import read_state
 
 if TYPE_CHECKING:
@@ -26,13 +28,25 @@ STATUS_COLUMNS = (
 ENDED_STATES = ("done", "failed")
 
 
+def _state(run: Path) -> dict[str, Any]:
+    """`read_state`, with an error that names files of a finished run that are damaged."""
+    try:
+        state = read_state(run)
+    except UnreadableFile as error:
+        return {"state": "unusable", "error": str(error)}
+    if state["state"] == "done" and (problems := damaged_results(run, state)):
+        state["error"] = " ".join(problems.values())
+    return state
+
+
 def sweep_status(path: str | Path) -> "pandas.DataFrame":
     """The state of every run of a sweep, one a row.
 
     path: the sweep directory.
-    Returns the columns hypothesis, seed; state (see `facevae.training.run`); step of steps; loss of the last
-    logged step; images_per_second; seconds_left of training; host and pid; heartbeat (seconds since whoever
-    works on it was last heard of); seconds spent on it; error, and cell (the notebook's) that raised it.
+    Returns the columns hypothesis, seed; state (see `facevae.training.run`, or unusable); step of steps; loss
+    of the last logged step; images_per_second; seconds_left of training; host and pid; heartbeat (seconds
+    since whoever works on it was last heard of); seconds spent on it; error, and cell (the notebook's) that
+    raised it.
     Raises FaceVAEError when there is no sweep.
     """
     import pandas as pd  # here, because who only starts runs does without
@@ -41,7 +55,7 @@ def sweep_status(path: str | Path) -> "pandas.DataFrame":
     sweep, rows = read_sweep(path), []
     for hypothesis in sweep["hypotheses"]:
         for seed in sweep["seeds"]:
-            state = read_state(path / hypothesis["name"] / f"seed{seed}")
+            state = _state(path / hypothesis["name"] / f"seed{seed}")
             if state["state"] != "running":
                 state["heartbeat"] = None
             if state["state"] not in ("running", "done"):
@@ -101,7 +115,7 @@ def status_text(table: "pandas.DataFrame") -> str:
     widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in columns}
     shown = [dict(zip(columns, columns)), *lines]
     for row in rows:
-        if row.state not in ("running", "done") and isinstance(row.error, str) and row.error:
+        if row.state != "running" and isinstance(row.error, str) and row.error:
             cell = f" (cell {row.cell})" if isinstance(row.cell, str) else ""
             errors.append(f"{row.hypothesis} seed {row.seed}: {row.error}{cell}")
     counts = [f"{count} {state}" for state, count in table["state"].value_counts(sort=False).items()]

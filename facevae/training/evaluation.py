@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import FaceVAEError, choices_hint, file_digest, write_text
+from ..core import FaceVAEError, choices_hint, write_text
 from ..data.loader import Batches
 from ..data.store import FaceStore
 from ..metrics.filters import SSIM_WINDOW_SIZE
@@ -23,6 +23,7 @@ from ..metrics.image import compute_view_metrics, load_lpips, mask_iou, ms_ssim_
 from ..metrics.tables import METRICS, save_table
 from ..model.inference import evaluation_mode
 from ..model.vae import FaceVAE, paste_background
+from .files import digest_results
 from .run import RunDirectory
 from .trainer import run_model_card
 
@@ -212,5 +213,5 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
         save_table(latents.table(), run.latents)
         save_table(table, run.metrics)
         write_text(run.model / "README.md", run_model_card(config, store, run.status.get("best_step"), table))
-        run.update(state="done", metrics_sha256=file_digest(run.metrics))
+        run.update(state="done", sha256=digest_results(run.path))
     return table
