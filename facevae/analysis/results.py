@@ -84,7 +84,8 @@ def _read_metrics(path: Path, requested: dict, digest: str | None) -> tuple[dict
     """
     try:
         config = read_object(path / "config.json")
-        problems = list(type_problems(config, {"size": JSON_NUMBER, "batch_size": JSON_NUMBER}).values())
+        numbers = dict.fromkeys(("size", "batch_size", "test_images"), JSON_NUMBER)
+        problems = list(type_problems(config, numbers).values())
         problems = problems or [
             f"{key} is {config[key]!r}, requested {requested[key]!r}"
             for key in ("terms", "mask", "seed")
@@ -92,7 +93,7 @@ def _read_metrics(path: Path, requested: dict, digest: str | None) -> tuple[dict
         ]
         if problems:
             raise FaceVAEError(f"it trained something else: {'; '.join(problems)}")
-        metrics = load_metrics(path / "metrics.parquet")
+        metrics = load_metrics(path / "metrics.parquet", config.get("test_images") or None)
         if digest not in (None, file_digest(path / "metrics.parquet")):
             raise FaceVAEError("metrics.parquet changed after it was written; evaluate the run again")
     except FaceVAEError as error:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..core import FaceVAEError, choices_hint, file_digest, printable
 from .labels import LABEL_CLASSES
-from ..safe_io import MAX_JSON_BYTES, name_problem, read_bytes, read_table, require_file
+from ..safe_io import MAX_MANIFEST_BYTES, name_problem, read_bytes, read_table, require_file
 
 if TYPE_CHECKING:  # whoever only opens stores does without pandas
     import pandas as pd
@@ -169,7 +169,7 @@ def read_index(path: str | Path, count: int) -> "pd.DataFrame":
     count: the rows it must have.
     Raises FaceVAEError when anything in it is not as a store writes it.
     """
-    index, _ = read_table(path, REPACK, ("name", "split"))
+    index, _ = read_table(path, REPACK, ("name", "split"), max_rows=count)
     problem, columns = "", list(index.columns)
     bad_names = [name for name in index["name"] if name_problem(name)]
     bad_splits = set(index["split"]) - set(SPLITS)
@@ -212,7 +212,7 @@ class Manifest(BaseModel):
     resize: str
     source: dict[str, JsonValue]
     sha256: dict[Literal[STORE_FILES], Sha256] = Field(min_length=len(STORE_FILES))
-    skipped: list[SkippedInput] = []
+    skipped: list[SkippedInput] = Field([], max_length=250_000)
     notes: list[str] = []
 
 
@@ -232,7 +232,7 @@ def read_manifest(path: str | Path) -> Manifest:
             "it has no manifest.json under its final name. Pack it again, or name another directory."
         )
     try:
-        return Manifest.model_validate_json(read_bytes(file, MAX_JSON_BYTES, REPACK))
+        return Manifest.model_validate_json(read_bytes(file, MAX_MANIFEST_BYTES, REPACK))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ..core import FaceVAEError, atomic_file
+from ..data.images import READABLE_SUFFIXES
 from ..data.store import FaceStore
 from ..editing.animation import save_gif, to_frames
 from ..editing.latent_space import interpolate
@@ -80,7 +81,7 @@ class ExplorerControls:
         self.previous, self.next = _button("Previous", "Previous face"), _button("Next", "Next face")
         self.random = _button("Random", "Any face")
         self.upload = widgets.FileUpload(
-            accept=".jpg,.jpeg,.png,.webp,.bmp",
+            accept=",".join(READABLE_SUFFIXES),
             description="Upload a photo",
             tooltip="A photo of yours, which stays on this machine",
             layout={"width": "auto"},
