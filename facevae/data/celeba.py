@@ -185,6 +185,8 @@ class CelebASource(NumberedSource):
         self.notes = [str(self.layout)]
         if len(self) < CELEBA_COUNT:
             self.notes.append(f"A subset of CelebA: {len(self):,} of {CELEBA_COUNT:,} images.")
+        if strangers := len(self.images.names) - len(self):
+            self.notes.append(f"Pictures that are not named by a number of CelebA: {strangers:,}.")
         if len(unused):
             example = summarize_names(unused[:1], "{:06d}.png")
             self.notes.append(f"{len(unused):,} label maps have no image, for example {example}.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHITE_IS_ZERO', 'PHOTOMETRIC_TAG', 'IMAGE_FORMATS', 'LABEL_FORMATS', 'MAX_PIXELS', 'MAX_DECODING_BYTES',
-           'SMALL_FILE_BYTES', 'DECODER_BYTES', 'PROGRESSIVE_JPEG_BYTES', 'DECODING_BUDGET', 'EXIF_ORIENTATION',
+           'SMALL_FILE_BYTES', 'DECODER_BYTES', 'EXIF_ORIENTATION', 'DECODING_BUDGET', 'MAX_PHOTO_PIXELS',
            'READABLE_SUFFIXES', 'OTHER_SUFFIXES', 'IMAGE_SUFFIXES', 'LABEL_SUFFIXES', 'SYSTEM_FILES',
            'ZIP_LOCAL_HEADER', 'ZIP_LOCAL_MAGIC', 'MAX_IMAGE_BYTES', 'ENCRYPTED', 'Encoding', 'UnusableInput',
            'MemoryBudget', 'open_image', 'decoded_image', 'to_rgb', 'read_image', 'read_whole_image', 'resize_nearest',
@@ -60,10 +60,10 @@ class Encoding(NamedTuple):
 # %% ../../nbs/03_data/01_images.ipynb #c0006
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # which keep every value
-MAX_PIXELS, MAX_DECODING_BYTES = 100_000_000, 405_000_000
+MAX_PIXELS, MAX_DECODING_BYTES = 100_000_000, 202_000_000
 SMALL_FILE_BYTES = 2**20  # a file up to this size is read at once, which spares Pillow dozens of small reads
-DECODER_BYTES = {"WEBP": 12, "AVIF": 16, "TIFF": 4, "BMP": 4, "PPM": 4}  # a pixel, beside the picture itself
-PROGRESSIVE_JPEG_BYTES = 6  # a pixel of the whole picture, however small it is decoded
+DECODER_BYTES = {"WEBP": 12, "AVIF": 8, "TIFF": 4, "BMP": 4}  # a pixel, beside the picture itself: measured
+EXIF_ORIENTATION = 0x0112
 
 
 class UnusableInput(Exception):
@@ -156,27 +156,34 @@ def open_image(path: Path, data: bytes | None = None) -> Image.Image:
     return image
 
 
-def _decoding_bytes(image: Image.Image, progressive_pixels: int, copy: int) -> int:
+def _decoding_bytes(image: Image.Image, stored: tuple[int, int], copy: int | None) -> int:
     """Memory that decoding and converting takes, at most.
 
-    progressive_pixels: of the whole JPEG.
-    copy: bytes a pixel of what is made of it.
+    image: not decoded yet, perhaps to be decoded at a fraction of its size.
+    stored: its whole size.
+    copy: bytes a pixel of what is made of it; None for an upright RGB image.
     """
     kept = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
-    pixels = image.width * image.height * (kept + copy + DECODER_BYTES.get(image.format, 0))
-    whole = progressive_pixels * PROGRESSIVE_JPEG_BYTES if image.info.get("progressive") else 0
-    return pixels + whole
+    if copy is None:
+        as_it_is = image.mode == "RGB" and "transparency" not in image.info
+        copy = 0 if as_it_is and image.getexif().get(EXIF_ORIENTATION, 1) == 1 else 4
+    needed = image.width * image.height * (kept + copy + DECODER_BYTES.get(image.format, 0))
+    if image.info.get("progressive"):  # whose coefficients are all kept, two bytes each
+        areas = [wide * high for _, wide, high, _ in image.layer]
+        needed += 2 * stored[0] * stored[1] * sum(areas) // max(areas)
+    return needed
 
 
 @contextmanager
 def decoded_image(
-    path: Path, data: bytes | None = None, side: int | None = None, copy: int = 4
+    path: Path, data: bytes | None = None, fits: tuple[int, int] | None = None, copy: int | None = None
 ) -> Iterator[Image.Image]:
     """An image, decoded; what goes wrong in the block is said to be damage of it.
 
     path, data: as for `open_image`.
-    side: of the square that it is needed for, in pixels: a JPEG may be decoded at a fraction of its size.
-    copy: bytes a pixel that the block needs for what it makes of it.
+    fits: (width, height) that are enough: a JPEG may be decoded at a fraction of its size.
+    copy: bytes a pixel that the block needs for what it makes of the image; None when that is an upright RGB
+        image.
 
     `image.info` gets the `stored_size` of the file, (width, height), and its `encoding` (see `Encoding`).
     Raises UnusableInput when there is no image in it, or it would take too much memory.
@@ -184,16 +191,14 @@ def decoded_image(
     with open_image(path, data) as image:
         try:
             stored, encoding = image.size, Encoding.of(image)
-            if side:
-                image.draft(None, (2 * side, 2 * side))
-            drafted = image.size != stored
-            copied = 0 if side and image.mode == "RGB" else copy
-            needed = _decoding_bytes(image, stored[0] * stored[1], copied)
+            if fits:
+                image.draft(None, fits)
+            drafted, needed = image.size != stored, _decoding_bytes(image, stored, copy)
             if needed > MAX_DECODING_BYTES:
                 raise UnusableInput(
                     "too many pixels",
                     f"'{path.name}' is {stored[0]} x {stored[1]} of the kind {image.mode}, which take "
-                    f"{needed / 1e6:,.0f} MB to read; {MAX_DECODING_BYTES // 10**6} are allowed",
+                    f"{needed // 10**6} MB to read; {MAX_DECODING_BYTES // 10**6} are allowed",
                 )
             with DECODING_BUDGET.taken(needed):
                 image.load()  # which turns a TIFF upright
@@ -205,7 +210,7 @@ def decoded_image(
             raise UnusableInput("truncated or damaged", f"'{path.name}': {str(error)[:300]}") from None
 
 # %% ../../nbs/03_data/01_images.ipynb #c0008
-EXIF_ORIENTATION = 0x0112
+MAX_PHOTO_PIXELS = 26_000_000
 
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
@@ -263,7 +268,7 @@ def read_image(path: str | Path, size: int, data: bytes | None = None) -> tuple[
     Returns uint8 (size, size, 3), and the (width, height) of the upright original.
     Raises UnusableInput when there is no image in it.
     """
-    with decoded_image(Path(path), data, side=size) as image:
+    with decoded_image(Path(path), data, (2 * size, 2 * size)) as image:
         width, height = image.info["stored_size"]
         on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
         ImageOps.exif_transpose(image, in_place=True)
@@ -272,14 +277,25 @@ def read_image(path: str | Path, size: int, data: bytes | None = None) -> tuple[
 
 
 def read_whole_image(path: str | Path, data: bytes | None = None) -> Image.Image:
-    """An image file, upright, as RGB of its own size.
+    """An image file, upright, as RGB of its own size, or of a half when it has more than `MAX_PHOTO_PIXELS`.
 
     path, data: as for `read_image`.
+    Returns the image; `info["scale"]` is its size by that of the file.
     Raises UnusableInput when there is no image in it.
     """
-    with decoded_image(Path(path), data) as image:
+    path = Path(path)
+    with open_image(path, data) as image:
+        pixels, factor, stored = image.width * image.height, 1, image.size
+    while pixels > MAX_PHOTO_PIXELS * factor**2:
+        factor *= 2
+    with decoded_image(path, data, tuple(side // factor for side in stored)) as image:
+        drafted = max(image.size) < max(stored)
         ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image).copy()
+        whole = to_rgb(image)
+        if factor > 1 and not drafted:
+            whole = whole.reduce(factor)
+        whole.info["scale"] = max(whole.size) / max(stored)
+    return whole
 
 # %% ../../nbs/03_data/01_images.ipynb #c0016
 def resize_nearest(array: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -11,6 +11,7 @@ __all__ = ['LABEL_COLOURS', 'REPACK', 'IMAGE_SIZES', 'SPLITS', 'STORE_FILES', 'R
 import colorsys
 import hashlib
 import os
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from tqdm import tqdm
 
 from ..core import FaceVAEError, choices_hint, file_digest, printable
-from .labels import LABEL_CLASSES
+from .labels import LABEL_CLASSES, scheme_warning
 from ..safe_io import MAX_MANIFEST_BYTES, name_problem, read_bytes, read_table, require_file
 
 if TYPE_CHECKING:  # whoever only opens stores does without pandas
@@ -291,6 +292,7 @@ class FaceStore:
     def verify(self, progress: bool = False) -> "FaceStore":
         """Read everything and compare it with the manifest; returns the store.
 
+        Warns of labels that do not look like faces.
         Raises FaceVAEError, naming the file, for a wrong checksum, a label that is no class, a name that
         occurs twice, or an empty split.
         """
@@ -316,6 +318,9 @@ class FaceStore:
                 raise FaceVAEError(
                     f"'{file}' has no faces in the split '{split}', which training needs. Pack more faces."
                 )
+        sample = np.linspace(0, len(self) - 1, min(len(self), 500)).astype(int)
+        if doubt := scheme_warning(self.labels[sample], self.manifest.scheme):
+            warnings.warn(doubt, stacklevel=2)
         return self
 
     def __len__(self) -> int:

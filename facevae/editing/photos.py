@@ -36,7 +36,7 @@ class PreparedPhoto(NamedTuple):
         return paste_face(self.photo, result.recon, result.mask, self.matrix)
 
 
-MAX_UNALIGNED_PIXELS = 13_000_000
+MAX_UNALIGNED_PIXELS = 6_000_000
 
 
 def prepare_photo(
@@ -56,6 +56,8 @@ def prepare_photo(
             scale = (MAX_UNALIGNED_PIXELS / (photo.width * photo.height)) ** 0.5
             photo.thumbnail([max(1, int(side * scale)) for side in photo.size])
         return PreparedPhoto(photo, photo, None)
+    if landmarks is not None:
+        landmarks = np.asarray(landmarks, float) * photo.info["scale"]
     try:
         return PreparedPhoto(photo, *align(photo, landmarks))
     except FaceVAEError as error:
