@@ -166,7 +166,9 @@ def _decoding_bytes(image: Image.Image, stored: tuple[int, int], copy: int | Non
     kept = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     if copy is None:
         as_it_is = image.mode == "RGB" and "transparency" not in image.info
-        copy = 0 if as_it_is and image.getexif().get(EXIF_ORIENTATION, 1) == 1 else 4
+        told = image.format != "PNG" or "exif" in image.info  # otherwise Pillow decodes a PNG to look for it
+        turned = told and image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        copy = 4 if turned or not as_it_is else 0
     needed = image.width * image.height * (kept + copy + DECODER_BYTES.get(image.format, 0))
     if image.info.get("progressive"):  # whose coefficients are all kept, two bytes each
         areas = [wide * high for _, wide, high, _ in image.layer]
@@ -404,7 +406,7 @@ READABLE_SUFFIXES = tuple(
 # Pictures as well, which are skipped by name with the reason, unless they are something else in truth.
 OTHER_SUFFIXES = tuple(
     ".heic .heif .hif .jxl .jxr .jp2 .j2k .j2c .jpc .jpf .jpx .psd .tga .icb .vda .vst .ico .icns .cur .svg "
-    ".pcx .dcx .dib .dds .qoi .sgi .rgb .rgba .bw .ras .pcd .pxr .msp .im .xbm .xpm .blp .ftc .ftu .eps .wmf "
+    ".pcx .dcx .dib .dds .qoi .sgi .rgb .rgba .bw .ras .pcd .pxr .msp .im .xbm .xpm .blp .ftc .ftu .gbr .eps .wmf "
     ".emf .avifs .pfm .palm .exr .hdr .dng .raw .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
 )
 IMAGE_SUFFIXES = READABLE_SUFFIXES + OTHER_SUFFIXES
