@@ -614,6 +614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'facevae/data/images.py'),
                                      'facevae.data.images.class_indices': ('03_data/images.html#class_indices', 'facevae/data/images.py'),
                                      'facevae.data.images.decoded_image': ('03_data/images.html#decoded_image', 'facevae/data/images.py'),
+                                     'facevae.data.images.in_one_form': ('03_data/images.html#in_one_form', 'facevae/data/images.py'),
                                      'facevae.data.images.list_files': ('03_data/images.html#list_files', 'facevae/data/images.py'),
                                      'facevae.data.images.open_image': ('03_data/images.html#open_image', 'facevae/data/images.py'),
                                      'facevae.data.images.open_images': ('03_data/images.html#open_images', 'facevae/data/images.py'),

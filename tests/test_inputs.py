@@ -593,7 +593,7 @@ def test_accents_are_composed_in_two_ways(face, faces, tmp_path):
         )
         stores.append(pack(source, folder / "store", progress=False))
         assert unicodedata.normalize("NFC", "Zoë/é.png") in map(label_name, source.names)
-    assert len(stores[0]) == 3 and (stores[0].index == stores[1].index).all(axis=None)
+    assert len(stores[0]) == 3 and stores[0].fingerprint == stores[1].fingerprint
     twice = tmp_path / "NFC" / "images" / unicodedata.normalize("NFD", "Zoë")
     twice.mkdir(exist_ok=True)
     (twice / unicodedata.normalize("NFD", "é.jpg")).write_bytes(saved(face, "JPEG"))

@@ -8,8 +8,8 @@ __all__ = ['WHITE_IS_ZERO', 'PHOTOMETRIC_TAG', 'IMAGE_FORMATS', 'LABEL_FORMATS',
            'READABLE_SUFFIXES', 'OTHER_SUFFIXES', 'IMAGE_SUFFIXES', 'LABEL_SUFFIXES', 'SYSTEM_FILES',
            'ZIP_LOCAL_HEADER', 'ZIP_LOCAL_MAGIC', 'MAX_IMAGE_BYTES', 'ENCRYPTED', 'Encoding', 'UnusableInput',
            'MemoryBudget', 'open_image', 'decoded_image', 'to_rgb', 'read_image', 'read_whole_image', 'resize_nearest',
-           'class_indices', 'read_labels', 'read_shape', 'list_files', 'passed_over', 'stem', 'ImageFolder', 'ImageZip',
-           'open_images']
+           'class_indices', 'read_labels', 'read_shape', 'in_one_form', 'list_files', 'passed_over', 'stem',
+           'ImageFolder', 'ImageZip', 'open_images']
 
 # %% ../../nbs/03_data/01_images.ipynb #c0002
 import io
@@ -406,12 +406,17 @@ READABLE_SUFFIXES = tuple(
 # Pictures as well, which are skipped by name with the reason, unless they are something else in truth.
 OTHER_SUFFIXES = tuple(
     ".heic .heif .hif .jxl .jxr .jp2 .j2k .j2c .jpc .jpf .jpx .psd .tga .icb .vda .vst .ico .icns .cur .svg "
-    ".pcx .dcx .dib .dds .qoi .sgi .rgb .rgba .bw .ras .pcd .pxr .msp .im .xbm .xpm .blp .ftc .ftu .gbr .eps .wmf "
-    ".emf .avifs .pfm .palm .exr .hdr .dng .raw .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
+    ".pcx .dcx .dib .dds .qoi .sgi .rgb .rgba .bw .ras .pcd .pxr .msp .im .xbm .xpm .blp .ftc .ftu .eps .wmf "
+    ".emf .gbr .avifs .pfm .palm .exr .hdr .dng .raw .cr2 .cr3 .nef .arw .orf .rw2 .raf".split()
 )
 IMAGE_SUFFIXES = READABLE_SUFFIXES + OTHER_SUFFIXES
 LABEL_SUFFIXES = (".png", ".apng", ".bmp", ".tif", ".tiff", ".gif")
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "icon\r"}
+
+
+def in_one_form(name: str) -> str:
+    """A name in which each accent is part of its letter, as far as Unicode has such letters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def list_files(folder: Path, leave_out: Path | None = None) -> list[str]:
@@ -439,7 +444,7 @@ def list_files(folder: Path, leave_out: Path | None = None) -> list[str]:
             if not name.startswith(".") and name.lower() not in SYSTEM_FILES
         ]
         names += [f"{(below / name).as_posix()}/" for name in folders if Path(place, name).is_symlink()]
-    return sorted(names)
+    return sorted(names, key=in_one_form)
 
 
 def passed_over(names: Iterable[str]) -> str:
@@ -450,11 +455,8 @@ def passed_over(names: Iterable[str]) -> str:
 
 
 def stem(name: str) -> str:
-    """A relative path without its suffix: what an image and its label map have in common.
-
-    An accent may be a character of its own in one name and not in another; here it is none.
-    """
-    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+    """A relative path without its suffix, in one form: what an image and its label map have in common."""
+    return in_one_form(str(PurePosixPath(name).with_suffix("")))
 
 
 class ImageFolder:
@@ -515,7 +517,7 @@ class ImageZip:
             raise FaceVAEError(
                 f"'{path}' is not a whole zip file ({self._reason(error)}). Fetch it again."
             ) from None
-        self.names, size = sorted(self.entries), os.fstat(self.file).st_size
+        self.names, size = sorted(self.entries, key=in_one_form), os.fstat(self.file).st_size
         for name, (offset, packed, *_) in self.entries.items():
             if offset + packed > size:
                 raise FaceVAEError(

@@ -8,7 +8,6 @@ __all__ = ['PARSING_FILE', 'MAX_PARSING_BYTES', 'MAX_JSON_DEPTH', 'MAX_CSV_BYTES
            'FolderSource']
 
 # %% ../../nbs/03_data/04_sources.ipynb #c0002
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from facevae.data.images import (
     LABEL_SUFFIXES,
     READABLE_SUFFIXES,
     UnusableInput,
+    in_one_form,
     list_files,
     open_images,
     passed_over,
@@ -201,7 +201,7 @@ def _read_rows(text: DelimitedText, columns: list[str], path: Path) -> Iterator[
     """The rows that follow the names of columns, as bool columns by the names of images."""
     for rows in text.rows(len(columns)):
         rows.columns = columns
-        names = pd.Index([unicodedata.normalize("NFC", name) for name in rows["name"]], name="name")
+        names = pd.Index([in_one_form(name) for name in rows["name"]], name="name")
         values = rows.drop(columns="name").apply(lambda column: column.str.lower())
         for column in values:
             if wrong := set(values[column]) - ATTRIBUTE_VALUES:
@@ -331,7 +331,7 @@ class FolderSource:
     def read(self, name: str) -> tuple | Skipped:
         """One face: (name, image, labels), or why it cannot be used."""
         part, file = stem(name), name
-        name = unicodedata.normalize("NFC", name)
+        name = in_one_form(name)
         try:
             if part in self.ambiguous:
                 raise UnusableInput(
