@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_JSON_BYTES', 'MAX_MANIFEST_BYTES', 'DEFAULT_REMEDY', 'BYTE_ORDER_MARKS', 'JSON_NUMBER', 'JSON_TEXT', 'JSON_TEXTS',
-           'JSON_BOOLEAN', 'JSON_OBJECT', 'MAX_LINE_BYTES', 'ROWS_AT_A_TIME', 'MAX_TABLE_BYTES', 'MAX_TEXT_BYTES',
+           'JSON_BOOLEAN', 'JSON_OBJECT', 'MAX_LINE_BYTES', 'ROWS_AT_A_TIME', 'MAX_PARQUET_BYTES', 'MAX_TEXT_BYTES',
            'name_problem', 'path_inside', 'require_file', 'read_bytes', 'decode_text', 'read_text', 'read_object',
            'type_problems', 'DelimitedText', 'read_table']
 
@@ -244,7 +244,7 @@ class DelimitedText:
             yield table[(table != "").any(axis=1)]  # spreadsheets write out rows that were emptied
 
 # %% ../nbs/01_safe_io.ipynb #c0020
-MAX_TABLE_BYTES, MAX_TEXT_BYTES = 200_000_000, 1000
+MAX_PARQUET_BYTES, MAX_TEXT_BYTES = 200_000_000, 1000
 
 
 def read_table(
@@ -301,15 +301,16 @@ def _check_columns(file: "parquet.ParquetFile", texts: tuple[str, ...]) -> None:
 def _check_size(file: "parquet.ParquetFile", texts: tuple[str, ...], max_rows: int | None) -> None:
     """Raise ValueError when a table has more rows than it can have, or takes too much memory once read."""
     rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
-    widths = [12 if field.name in texts else 1 if field.type == "bool" else 8 for field in file.schema_arrow]
+    numbers = [1 if field.type == "bool" else 8 for field in file.schema_arrow if field.name not in texts]
+    widths = numbers + [12] * len(texts)
     stored = sum(file.metadata.row_group(i).total_byte_size for i in groups)
     counted = sum(file.metadata.row_group(i).num_rows for i in groups)
     if not 0 <= rows == counted or (max_rows is not None and rows > max_rows):
         allowed = "" if max_rows is None else f", and can have {max_rows:,}"
         raise ValueError(f"it claims {rows:,} rows{allowed}")
-    if max(rows * sum(widths), stored) > MAX_TABLE_BYTES:
+    if max(rows * sum(widths), stored) > MAX_PARQUET_BYTES:
         raise ValueError(
-            f"its {rows:,} rows of {len(widths):,} columns take more than {MAX_TABLE_BYTES:,} bytes"
+            f"its {rows:,} rows of {len(widths):,} columns take more than {MAX_PARQUET_BYTES:,} bytes"
         )
 
 

@@ -36,8 +36,8 @@ from facevae.data.celeba_files import (
     read_numbered_table,
     summarize_names,
 )
+from .decoding import UnusableInput
 from facevae.data.images import (
-    UnusableInput,
     open_images,
     read_image,
     read_labels,

@@ -19,11 +19,11 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from ..core import FaceVAEError, choices_hint, printable
+from .decoding import UnusableInput
 from facevae.data.images import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     READABLE_SUFFIXES,
-    UnusableInput,
     in_one_form,
     list_files,
     open_images,

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import FaceVAEError
-from ..data.images import UnusableInput, read_whole_image
+from ..data.decoding import UnusableInput
+from ..data.images import read_whole_image
 from ..data.store import FaceStore
 from ..editing.align import align
 from facevae.editing.latent_space import (

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..core import FaceVAEError, atomic_file
-from ..data.images import MAX_PIXELS, UnusableInput, read_whole_image, to_rgb
+from ..data.decoding import MAX_PIXELS, UnusableInput, to_rgb
+from ..data.images import read_whole_image
 
 # %% ../../nbs/08_model/02_inference.ipynb #c0004
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | Tensor

@@ -32,11 +32,11 @@ from facevae.core import (
     progress_bar,
     write_text,
 )
+from ..data.decoding import UnusableInput
 from facevae.data.images import (
     READABLE_SUFFIXES,
     ImageFolder,
     ImageZip,
-    UnusableInput,
     open_images,
     passed_over,
     read_labels,

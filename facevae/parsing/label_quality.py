@@ -21,10 +21,10 @@ from scipy import ndimage
 from facevae.core import (
     atomic_file,
 )
+from ..data.decoding import UnusableInput
 from facevae.data.images import (
     ImageFolder,
     ImageZip,
-    UnusableInput,
     read_labels,
     resize_nearest,
     stem,
