@@ -133,6 +133,18 @@ def store(shared):
 
 
 @pytest.fixture(scope="session")
+def study(store, shared):
+    """A finished study of H5, H9 and l1+l2+mask with two seeds, made by the command; tests change copies."""
+
+    def make(folder):
+        hypotheses = ["--hypotheses", "H5,H9,l1+l2+mask", "--seeds", "0,1"]
+        done = facevae("ablate", "--data", store, "--out", folder / "sweep", *hypotheses, *TINY)
+        assert str(folder / "sweep" / "report.html") in done.stdout
+
+    return shared("study", make) / "sweep"
+
+
+@pytest.fixture(scope="session")
 def stand_in(shared):
     """For PYTHONPATH: a copy of the library that executes stand_in/train.ipynb instead of training."""
 

@@ -267,7 +267,7 @@ def test_claims_of_the_paper_and_your_own(study):
     """)
     analysis = SweepAnalysis(load_sweep(study), resamples=200)
     words = " ".join(
-        assert_self_contained(write_report(analysis, {"ranks": study_figures(analysis)["ranks"]})).words
+        assert_self_contained(write_report(analysis, study_figures(analysis, names=["ranks"]))).words
     )
     assert len(analysis.claims) == 25 and all(statement in words for statement in analysis.claims.statement)
     assert "Does l1 with masks beat l2 without?" in words and "authors +" in words

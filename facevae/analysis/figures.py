@@ -8,7 +8,7 @@ __all__ = ['GRID_GAP', 'sweep_store', 'visual_samples', 'image_rows', 'visual_co
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0002
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -301,30 +301,37 @@ def _comparison(analysis: SweepAnalysis, samples: dict | None) -> Figure:
 
 
 def study_figures(
-    analysis: SweepAnalysis, samples: dict | None = None, view: str = "face"
+    analysis: SweepAnalysis,
+    samples: dict | None = None,
+    view: str = "face",
+    names: Collection[str] | None = None,
 ) -> dict[str, ReportFigure]:
-    """Every figure of the report, by file name.
+    """The figures of the report, by file name.
 
     samples: from `visual_samples` (default: made here, if the store is there).
     view: of the bar figures.
+    names: of those to draw (default: all).
     """
     sweep, table, best = analysis.sweep, analysis.results, best_hypothesis(analysis.summary)
-    intervals = {question: analysis.comparisons[question] for question in QUESTIONS}
+    intervals = {
+        question: (interval_plot, analysis.comparisons[question], heading)
+        for question, heading in QUESTIONS.items()
+    }
     figures = {
-        "interval_masks": interval_plot(intervals["masks"], QUESTIONS["masks"], ("face", "composite")),
-        "free_pixels": apparent_improvement_plot(analysis.apparent),
-        "scatter_masks": scatter_plot(analysis.values, question_pairs(sweep, "masks")),
-        "faces_masks": _extremes(analysis),
-        "interval_standalone": interval_plot(intervals["standalone"], QUESTIONS["standalone"]),
-        "interval_with_ssim": interval_plot(intervals["with_ssim"], QUESTIONS["with_ssim"]),
-        "ranks": rank_plot(analysis.summary),
-        "interval_best": interval_plot(intervals["best"], QUESTIONS["best"]),
-        "bars_masks": bars_masks(table, view, sweep.runs),
-        "bars_standalone": bars_standalone(table, view, sweep.runs),
-        "bars_ssim_with": bars_ssim_with(table, view, sweep.runs),
-        "visual_comparison": _comparison(analysis, samples),
-        "latent_use": latent_plot(sweep.latents),
-        "training_curves": training_curves(sweep.curves),
+        "interval_masks": (*intervals["masks"], ("face", "composite")),
+        "free_pixels": (apparent_improvement_plot, analysis.apparent),
+        "scatter_masks": (scatter_plot, analysis.values, question_pairs(sweep, "masks")),
+        "faces_masks": (_extremes, analysis),
+        "interval_standalone": intervals["standalone"],
+        "interval_with_ssim": intervals["with_ssim"],
+        "ranks": (rank_plot, analysis.summary),
+        "interval_best": intervals["best"],
+        "bars_masks": (bars_masks, table, view, sweep.runs),
+        "bars_standalone": (bars_standalone, table, view, sweep.runs),
+        "bars_ssim_with": (bars_ssim_with, table, view, sweep.runs),
+        "visual_comparison": (_comparison, analysis, samples),
+        "latent_use": (latent_plot, sweep.latents),
+        "training_curves": (training_curves, sweep.curves),
     }
     several = len(set(table.seed)) > 1
     leader = (
@@ -333,9 +340,9 @@ def study_figures(
     fields = {"view": view, "leader": leader if best else ""}
     fields["seeds"] = " Bars are means over seeds, circles single seeds." if several else ""
     texts = tomllib.loads((files("facevae") / "figure_captions.toml").read_text(encoding="utf-8"))
-    return {
-        name: ReportFigure(
-            texts[name]["title"], " ".join(texts[name]["caption"].format(**fields).split()), figure
-        )
-        for name, figure in figures.items()
-    }
+    drawn = {}
+    for name, (draw, *arguments) in figures.items():
+        if names is None or name in names:
+            caption = " ".join(texts[name]["caption"].format(**fields).split())
+            drawn[name] = ReportFigure(texts[name]["title"], caption, draw(*arguments))
+    return drawn

@@ -37,6 +37,7 @@ class MetricValues:
     def __init__(self, metrics: pd.DataFrame):
         self.metrics, self.names, self.seeds = metrics, present_metrics(metrics), sorted(set(metrics.seed))
         self._tables: dict[tuple[str, str], pd.DataFrame] = {}
+        self._columns: dict[tuple[str, str], dict] = {}  # the same as arrays, by (hypothesis, seed)
 
     def table(self, metric: str, view: str) -> pd.DataFrame:
         """Values (images, (hypothesis, seed)) of one metric on one view; empty without any."""
@@ -53,12 +54,15 @@ class MetricValues:
 
     def paired(self, metric: str, view: str, *hypotheses: str) -> list[np.ndarray]:
         """Values (images, seeds) of each hypothesis on the images and seeds that all of them have."""
-        table = self.table(metric, view)
-        seeds = [seed for seed in self.seeds if all((name, seed) in table for name in hypotheses)]
+        if (metric, view) not in self._columns:
+            table = self.table(metric, view)
+            self._columns[metric, view] = dict(zip(table.columns, table.to_numpy().T))
+        columns = self._columns[metric, view]
+        seeds = [seed for seed in self.seeds if all((name, seed) in columns for name in hypotheses)]
         if not seeds:
             return [np.empty((0, 0)) for _ in hypotheses]
-        columns = [[(name, seed) for seed in seeds] for name in hypotheses]
-        values = np.stack([table[names].to_numpy() for names in columns])  # (hypotheses, images, seeds)
+        wanted = [[columns[name, seed] for seed in seeds] for name in hypotheses]
+        values = np.array(wanted).transpose(0, 2, 1)  # (hypotheses, images, seeds)
         return list(values[:, np.isfinite(values).all(axis=(0, 2))])
 
 # %% ../../nbs/11_analysis/01_statistics.ipynb #c0017
