@@ -150,6 +150,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'facevae/analysis/report.py')},
             'facevae.analysis.results': { 'facevae.analysis.results.Sweep': ( '11_analysis/results.html#sweep',
                                                                               'facevae/analysis/results.py'),
+                                          'facevae.analysis.results._log_lines': ( '11_analysis/results.html#_log_lines',
+                                                                                   'facevae/analysis/results.py'),
                                           'facevae.analysis.results._log_rows': ( '11_analysis/results.html#_log_rows',
                                                                                   'facevae/analysis/results.py'),
                                           'facevae.analysis.results._read_metrics': ( '11_analysis/results.html#_read_metrics',

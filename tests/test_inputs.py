@@ -27,7 +27,7 @@ from drawn_celeba import Faces
 from PIL import Image
 
 from facevae.analysis.claims import sweep_claims
-from facevae.analysis.results import read_run
+from facevae.analysis.results import read_log, read_run
 from facevae.core import FaceVAEError
 from facevae.data.celeba import CelebAMaskHQSource, CelebASource
 from facevae.data.images import (
@@ -810,6 +810,27 @@ def test_texts_of_a_hundred_megabytes_are_not_read(tmp_path):
     ):
         growth, seconds = peak_growth(lambda read=read, name=name: refused(read).index(name))
         assert growth < 150e6 and seconds < 5, f"{name}: {growth / 1e6:.0f} MB in {seconds:.0f} s"
+
+
+def test_a_log_of_a_hundred_megabytes_is_read_in_part(tmp_path):
+    line = '{"kind": "train", "step": %d, "loss": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text(
+        "".join(line % i for i in range(2_400_000)) + '{"kind": "validation", "step": 7, "loss": 2.0}\n'
+    )
+    logs = []
+    growth, _ = peak_growth(lambda: logs.append(read_log(tmp_path / "log.jsonl")))
+    assert growth < 400e6 and 300_000 < len(logs[0]) < 500_000
+    assert logs[0].query("kind == 'validation'").step.tolist() == [7]
+    (tmp_path / "log.jsonl").write_text('{"kind": "validation", "step": 7, "loss": 2.0}\n' * 600_000)
+    assert "more values than a run can log" in refused(read_log, tmp_path / "log.jsonl")
+
+
+def test_a_jpeg_of_many_scans_is_refused(face, tmp_path):
+    whole = saved(face.convert("L"), "JPEG", progressive=True)
+    start = whole.rindex(b"\xff\xda")
+    (tmp_path / "a.jpg").write_bytes(whole[:start] + whole[start:-2] * 300 + whole[-2:])
+    with pytest.raises(UnusableInput, match="too many scans"):
+        read_image(tmp_path / "a.jpg", SIZE)
 
 
 def test_a_large_table_of_attributes_takes_memory_by_its_size(tmp_path):
