@@ -30,11 +30,9 @@ from facevae.analysis.claims import sweep_claims
 from facevae.analysis.results import read_log, read_run
 from facevae.core import FaceVAEError
 from facevae.data.celeba import CelebAMaskHQSource, CelebASource
+from facevae.data.decoding import MAX_DECODING_BYTES, MemoryBudget, UnusableInput
 from facevae.data.images import (
     IMAGE_SUFFIXES,
-    MAX_DECODING_BYTES,
-    MemoryBudget,
-    UnusableInput,
     open_images,
     read_image,
     read_labels,

@@ -58,7 +58,7 @@ def _log_rows(line: str) -> list[tuple]:
 
 
 def _log_lines(path: Path) -> Iterator[str]:
-    """The lines of a log: of one that is too large to be held, each so many of training and all of validation.
+    """The lines of a log; of one that is too large to be held, all of validation and some of training.
 
     Raises FaceVAEError when it cannot be read.
     """
