@@ -46,10 +46,10 @@ model: $(VENV)/installed
 
 # Two tests at a time: most wait for processes that they have started. WORKERS=0 runs one after the other.
 test: check notebooks-test
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup tests
+	$(BIN)/pytest -q -n $(WORKERS) tests
 
 test-slow: $(VENV)/installed-dev
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup --run-slow tests
+	$(BIN)/pytest -q -n $(WORKERS) --run-slow tests
 
 check: $(VENV)/installed-dev
 	$(BIN)/python tests/check_repository.py

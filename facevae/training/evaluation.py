@@ -135,13 +135,12 @@ def _check_batch(names: list[str], images: Tensor, masks: Tensor, size: torch.Si
 def _choose_lpips(
     names: list[str], lpips: Callable | str | None, device: str | torch.device
 ) -> tuple[list[str], Callable | None, dict[str, str]]:
-    """The metrics that can be had, LPIPS' function or None, and why it is absent."""
+    """The metrics to compute, LPIPS' function or None, and why it is absent."""
     if "lpips" not in names:
         return names, None, {}
-    lpips, reason = load_lpips(device) if lpips == "auto" else (lpips, "LPIPS was left out on request")
-    if lpips is not None:
-        return names, lpips, {}
-    return [name for name in names if name != "lpips"], None, {"lpips": reason}
+    if lpips is None:
+        return [name for name in names if name != "lpips"], None, {"lpips": "LPIPS was left out on request"}
+    return names, load_lpips(device) if lpips == "auto" else lpips, {}
 
 
 @torch.inference_mode()
@@ -160,7 +159,7 @@ def evaluate(
     batches: of (names, images (B, 3, H, W) in [0, 1], masks (B, 1, H, W) in [0, 1]).
     names: of METRICS.
     device: where it runs; the model's own when None.
-    lpips: "auto" tries to load it, None leaves it out, or the function `load_lpips` gave.
+    lpips: "auto" loads it, None leaves it out, or the function `load_lpips` gave.
     progress: show a bar.
     latents: gathers the posteriors.
     Returns columns image, view, and the metrics. attrs: ms_ssim (window and scales), absent (why a metric is
