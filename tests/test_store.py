@@ -379,7 +379,7 @@ def spoil(images: Path, labels: Path, how: str) -> None:
     [
         ("empty image", "'07.jpg' has 0 bytes"),
         ("truncated image", "image file is truncated"),
-        ("text", "not a JPEG/PNG/WEBP/BMP file"),
+        ("text", "not a JPEG/PNG/WEBP/BMP"),
         ("broken link", "No such file"),
         ("no label", "expected was '07.png'"),
         ("empty label", "'07.png' has 0 bytes"),

@@ -38,7 +38,7 @@ from facevae.analysis.statistics import (
 )
 from ..core import FaceVAEError, atomic_file, choices_hint, printable
 from ..metrics.tables import METRICS
-from ..safe_io import read_bytes
+from ..safe_io import read_text
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0005
 ClaimName = Annotated[str, Field(min_length=1, max_length=80)]
@@ -123,7 +123,7 @@ def sweep_claims(sweep: Sweep) -> list[Claim]:
     """
     path, own = sweep.path / "claims.toml", []
     if path.exists():
-        own = parse_claims(read_bytes(path, MAX_CLAIMS_BYTES).decode(errors="replace"), str(path))
+        own = parse_claims(read_text(path, MAX_CLAIMS_BYTES), str(path))
     names = {claim.name for claim in own}
     return [claim for claim in paper_claims() if claim.name not in names] + own
 

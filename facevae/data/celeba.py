@@ -8,7 +8,6 @@ __all__ = ['CELEBAMASK_HQ_COUNT', 'MAPPING_FILE', 'ATTRIBUTES_FILE', 'HQ_IMAGE_N
            'read_parts', 'CelebAMaskHQSource']
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0002
-import io
 import os
 import re
 from collections.abc import Generator
@@ -19,33 +18,37 @@ import pandas as pd
 
 from ..core import FaceVAEError, choices_hint, printable
 from facevae.data.celeba_files import (
+    ANY_IMAGE,
     CELEBA_COUNT,
     IMAGE_NAME,
     LABEL_NAME,
     MAX_TABLE_BYTES,
     NumberedTable,
+    by_number,
     check_counts,
     check_digests,
     contains_any,
+    describe_strangers,
     find_layout,
     numbered_files,
     official_splits,
+    present_numbers,
     read_numbered_table,
     summarize_names,
 )
+from .decoding import UnusableInput
 from facevae.data.images import (
-    UnusableInput,
-    open_image,
     open_images,
     read_image,
     read_labels,
+    read_shape,
     resize_nearest,
 )
 from .labels import LABEL_SCHEMES, class_ids
 from .packing import FaceBatch, Skipped
 from .sources import batch_faces, label_scheme, prefetch_map
 from .store import SPLITS, check_size
-from ..safe_io import read_bytes
+from ..safe_io import DelimitedText, read_text
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0004
 def find_labels(labels: str | Path, images: Path) -> Path:
@@ -64,7 +67,8 @@ def find_labels(labels: str | Path, images: Path) -> Path:
         if contains_any(candidate, LABEL_NAME):
             return candidate
     raise FaceVAEError(
-        f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on. {remedy}"
+        f"--labels: '{labels}' holds no label maps of CelebA, which are called 000001.png and so on"
+        f"{describe_strangers([labels])}. {remedy}"
     )
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0006
@@ -149,13 +153,8 @@ class CelebASource(NumberedSource):
         self.label_folder = find_labels(labels, self.layout.images)
         self.labels, (self.scheme, self.parsing) = Path(labels).absolute(), label_scheme(labels, scheme)
         self.images = open_images(self.layout.images)
-        self.names = {}  # by number: the paths in the folder or zip file
-        for name in self.images.names:
-            match = IMAGE_NAME.fullmatch(name.rpartition("/")[2])
-            if match and int(match[1]) <= CELEBA_COUNT:
-                self.names[int(match[1])] = name
-        self.present = np.zeros(CELEBA_COUNT + 1, bool)
-        self.present[list(self.names)] = True
+        self.names = by_number(self.images.names, IMAGE_NAME, CELEBA_COUNT, self.layout.images)
+        self.present = present_numbers(self.names, CELEBA_COUNT)
         self.attributes = read_numbered_table(self.layout.attributes, CELEBA_COUNT)
         partition = read_numbered_table(
             self.layout.partition, CELEBA_COUNT, ("partition",), allowed=(0, 1, 2)
@@ -168,7 +167,8 @@ class CelebASource(NumberedSource):
 
     def _look_for_labels(self) -> None:
         """Set `missing` and `notes`."""
-        labelled = numbered_files(self.label_folder, LABEL_NAME, CELEBA_COUNT)
+        self.label_names = numbered_files(self.label_folder, LABEL_NAME, CELEBA_COUNT)
+        labelled = present_numbers(self.label_names, CELEBA_COUNT)
         unlabelled, unused = self.present & ~labelled, np.flatnonzero(labelled & ~self.present)
         self.missing = {
             "no label map": (
@@ -185,6 +185,8 @@ class CelebASource(NumberedSource):
         self.notes = [str(self.layout)]
         if len(self) < CELEBA_COUNT:
             self.notes.append(f"A subset of CelebA: {len(self):,} of {CELEBA_COUNT:,} images.")
+        if strangers := len(self.images.names) - len(self):
+            self.notes.append(f"Pictures that are not named by a number of CelebA: {strangers:,}.")
         if len(unused):
             example = summarize_names(unused[:1], "{:06d}.png")
             self.notes.append(f"{len(unused):,} label maps have no image, for example {example}.")
@@ -202,13 +204,13 @@ class CelebASource(NumberedSource):
 
     def read_face(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         image, original = self.images.read(self.names[number], self.size)
-        file = self.label_folder / f"{number:06d}.png"
+        file = self.label_folder / self.label_names[number]
         return image, read_labels(file, self.scheme, self.size, None if self.rescale_labels else original)
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0017
 CELEBAMASK_HQ_COUNT = 30_000
 MAPPING_FILE, ATTRIBUTES_FILE = "CelebA-HQ-to-CelebA-mapping.txt", "CelebAMask-HQ-attribute-anno.txt"
-HQ_IMAGE_NAME = re.compile(r"(0|[1-9]\d{0,4})\.jpg")
+HQ_IMAGE_NAME = re.compile(rf"(0|[1-9]\d{{0,4}}){ANY_IMAGE}")
 
 
 def read_mapping(path: Path) -> np.ndarray:
@@ -219,12 +221,14 @@ def read_mapping(path: Path) -> np.ndarray:
     Raises FaceVAEError for anything else.
     """
     remedy = "Fetch it again: without it, faces of CelebA's test split would be trained on."
-    data = read_bytes(path, MAX_TABLE_BYTES, remedy)
+    text = read_text(path, MAX_TABLE_BYTES, remedy)
     try:
-        table = pd.read_csv(io.BytesIO(data), sep=r"\s+", dtype=str, keep_default_na=False)
-        columns = ", ".join(map(str, table.columns))[:200]
-        if columns != "idx, orig_idx, orig_file":
-            raise ValueError(f"its columns are {columns}, and should be idx, orig_idx, orig_file")
+        lines = DelimitedText(text, spaces=True)
+        columns = lines.next_fields()
+        if columns != ["idx", "orig_idx", "orig_file"]:
+            named = ", ".join(columns)[:200]
+            raise ValueError(f"its first line is {named}, and should be idx, orig_idx, orig_file")
+        table = pd.concat(lines.rows(3), ignore_index=True).set_axis(columns, axis=1)
         here = pd.to_numeric(table["idx"])
         names = table["orig_file"].str.extract(f"^{IMAGE_NAME.pattern}$", expand=False)
         there = pd.to_numeric(names).fillna(0).astype(float)
@@ -243,18 +247,18 @@ def read_mapping(path: Path) -> np.ndarray:
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0019
 HQ_PARTS = LABEL_SCHEMES["celebamask-hq"][1:]
-PART_FILE_NAME = re.compile(r"(\d{5})_(\w+)\.png")
+PART_FILE_NAME = re.compile(rf"(\d{{5}})_(\w+){ANY_IMAGE}")
 FACES_PER_FOLDER = 2000
 
 
-def list_parts(folder: Path) -> np.ndarray:
+def list_parts(folder: Path) -> tuple[np.ndarray, dict[tuple[int, str], str]]:
     """Which parts have a file.
 
     folder: CelebAMask-HQ-mask-anno, with its folders 0 to 14.
-    Returns bool (CELEBAMASK_HQ_COUNT, 18).
-    Raises FaceVAEError for a part that the scheme does not know.
+    Returns bool (CELEBAMASK_HQ_COUNT, 18), and by number and part the files that do not end in .png.
+    Raises FaceVAEError for a part that the scheme does not know, or that has two files.
     """
-    present = np.zeros((CELEBAMASK_HQ_COUNT, len(HQ_PARTS)), bool)
+    present, names = np.zeros((CELEBAMASK_HQ_COUNT, len(HQ_PARTS)), bool), {}
     for inner in range(CELEBAMASK_HQ_COUNT // FACES_PER_FOLDER):
         if not (folder / str(inner)).is_dir():
             continue
@@ -265,15 +269,23 @@ def list_parts(folder: Path) -> np.ndarray:
                     f"'{folder / str(inner) / match[0]}' is of the part '{part}'. "
                     f"{choices_hint(part, HQ_PARTS)} Remove it, or rename it."
                 )
-            if number // FACES_PER_FOLDER == inner:
-                present[number, HQ_PARTS.index(part)] = True
-    return present
+            if number // FACES_PER_FOLDER != inner:
+                continue
+            if present[number, HQ_PARTS.index(part)]:
+                raise FaceVAEError(
+                    f"'{folder / str(inner)}' holds '{match[0]}' and another file of the same part. "
+                    "Leave the one that is meant."
+                )
+            present[number, HQ_PARTS.index(part)] = True
+            if not match[0].endswith(".png"):
+                names[number, part] = match[0]
+    return present, names
 
 
 def read_parts(paths: dict[str, Path], size: int, image_size: tuple[int, int]) -> np.ndarray:
     """The parts of a face merged to a label map in canonical ids, squashed to a square.
 
-    paths: a PNG for each part, by name, in the order of `HQ_PARTS`.
+    paths: a file for each part, see `read_shape`, by name, in the order of `HQ_PARTS`.
     size: side of the result in pixels.
     image_size: (width, height) of the image, of which the parts must be a copy at some scale.
     Returns uint8 (size, size).
@@ -281,20 +293,16 @@ def read_parts(paths: dict[str, Path], size: int, image_size: tuple[int, int]) -
     """
     merged, sizes = np.zeros((size, size), np.uint8), set()
     for part, path in paths.items():
-        with open_image(path, ("PNG",)) as image:
-            width, height = image.size
-            sizes.add(image.size)
-            if len(sizes) > 1 or width * image_size[1] != height * image_size[0]:
-                raise UnusableInput(
-                    "the parts have another size than their image",
-                    f"'{path.name}' is {width} x {height}, the image {image_size[0]} x {image_size[1]}; "
-                    "all parts must have one size, of the image's shape",
-                )
-            try:
-                array = np.asarray(image.getchannel(0))  # (H, W)
-            except Exception as error:  # decoders fail in every way there is
-                raise UnusableInput("truncated or damaged", f"'{path.name}': {str(error)[:300]}") from None
-        merged[resize_nearest(array, size, size) > 0] = class_ids((part,))[0]
+        shape = read_shape(path)  # (H, W)
+        height, width = shape.shape
+        sizes.add(shape.shape)
+        if len(sizes) > 1 or width * image_size[1] != height * image_size[0]:
+            raise UnusableInput(
+                "the parts have another size than their image",
+                f"'{path.name}' is {width} x {height}, the image {image_size[0]} x {image_size[1]}; "
+                "all parts must have one size, of the image's shape",
+            )
+        merged[resize_nearest(shape, size, size)] = class_ids((part,))[0]
     return merged
 
 # %% ../../nbs/03_data/06_celeba.ipynb #c0021
@@ -320,9 +328,10 @@ class CelebAMaskHQSource(NumberedSource):
         self.images, self.parts_folder = base / "CelebA-HQ-img", base / "CelebAMask-HQ-mask-anno"
         mapping, attributes = base / MAPPING_FILE, base / ATTRIBUTES_FILE
         self._check_places(mapping, attributes)
-        self.present = numbered_files(self.images, HQ_IMAGE_NAME, CELEBAMASK_HQ_COUNT - 1)
+        self.names = numbered_files(self.images, HQ_IMAGE_NAME, CELEBAMASK_HQ_COUNT - 1)
+        self.present = present_numbers(self.names, CELEBAMASK_HQ_COUNT - 1)
         self.attributes = read_numbered_table(attributes, CELEBAMASK_HQ_COUNT - 1, pattern=HQ_IMAGE_NAME)
-        originals, self.parts = read_mapping(mapping), list_parts(self.parts_folder)
+        originals, (self.parts, self.part_names) = read_mapping(mapping), list_parts(self.parts_folder)
         self.partition = np.where(originals > 0, official_splits(originals), -1)
         self.missing = {
             "no label map": (~self.parts.any(1), f"there is no part of it in '{self.parts_folder}'"),
@@ -351,11 +360,13 @@ class CelebAMaskHQSource(NumberedSource):
             attributes: attributes.is_file(),
         }
         missing = [f"'{path}'" for path, is_there in there.items() if not is_there]
+        strangers = "" if there[self.images] else describe_strangers([self.images])
         if missing:
             raise FaceVAEError(
                 f"CelebAMask-HQ at '{self.root}' is not complete: missing (or empty) "
-                f"{'is' if len(missing) == 1 else 'are'} {', '.join(missing)}. Unpack CelebAMask-HQ.zip from "
-                "https://github.com/switchablenorms/CelebAMask-HQ there, or name another --root."
+                f"{'is' if len(missing) == 1 else 'are'} {', '.join(missing)}{strangers}. "
+                "Unpack CelebAMask-HQ.zip "
+                "from https://github.com/switchablenorms/CelebAMask-HQ there, or name another --root."
             )
 
     def describe(self) -> dict:
@@ -363,7 +374,8 @@ class CelebAMaskHQSource(NumberedSource):
 
     def read_face(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         folder = self.parts_folder / str(number // FACES_PER_FOLDER)
-        image, original = read_image(self.images / self.name_format.format(number), self.size)
+        image, original = read_image(self.images / self.names[number], self.size)
         parts = [part for part, there in zip(HQ_PARTS, self.parts[number]) if there]
-        paths = {part: folder / f"{number:05d}_{part}.png" for part in parts}
+        files = {part: self.part_names.get((number, part), f"{number:05d}_{part}.png") for part in parts}
+        paths = {part: folder / file for part, file in files.items()}
         return image, read_parts(paths, self.size, original)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,8 +32,15 @@ from facevae.core import (
     restore_directory,
 )
 from .digests import known_digest
-from .labels import LABEL_CLASSES
-from ..safe_io import MAX_JSON_BYTES, check_object, name_problem, read_bytes, read_table, require_file
+from .labels import LABEL_CLASSES, scheme_warning
+from facevae.safe_io import (
+    MAX_MANIFEST_BYTES,
+    check_object,
+    name_problem,
+    read_bytes,
+    read_table,
+    require_file,
+)
 
 if TYPE_CHECKING:  # whoever only opens stores does without pandas
     import pandas as pd
@@ -174,7 +182,7 @@ def read_index(path: str | Path, count: int) -> "pd.DataFrame":
     count: the rows it must have.
     Raises FaceVAEError when anything in it is not as a store writes it.
     """
-    index, _ = read_table(path, REPACK, ("name", "split"))
+    index, _ = read_table(path, REPACK, ("name", "split"), max_rows=count)
     problem, columns = "", list(index.columns)
     bad_names = [name for name in index["name"] if name_problem(name)]
     bad_splits = set(index["split"]) - set(SPLITS)
@@ -217,7 +225,7 @@ class Manifest(BaseModel):
     resize: str
     source: dict[str, JsonValue]
     sha256: dict[Literal[STORE_FILES], Sha256] = Field(min_length=len(STORE_FILES))
-    skipped: list[SkippedInput] = []
+    skipped: list[SkippedInput] = Field([], max_length=250_000)
     notes: list[str] = []
     content_sha256: Sha256 | None = Field(None, exclude=True)  # of all the other fields
 
@@ -237,7 +245,7 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         if ".partial" in (path.suffix, path.absolute().parent.suffix):
             raise MissingFile
-        data = read_bytes(file, MAX_JSON_BYTES, REPACK)
+        data = read_bytes(file, MAX_MANIFEST_BYTES, REPACK)
     except MissingFile:
         raise FaceVAEError(
             f"'{path}' is not a store, or one whose packing was interrupted: "
@@ -343,6 +351,7 @@ class FaceStore:
     def verify(self, progress: bool = False) -> "FaceStore":
         """Read everything and compare it with the manifest; returns the store.
 
+        Warns of labels that do not look like faces.
         Raises FaceVAEError, naming the file, for a wrong checksum, a label that is no class, a name that
         occurs twice, or an empty split.
         """
@@ -364,6 +373,9 @@ class FaceStore:
                 raise FaceVAEError(
                     f"'{file}' has no faces in the split '{split}', which training needs. Pack more faces."
                 )
+        sample = np.linspace(0, len(self) - 1, min(len(self), 500)).astype(int)
+        if doubt := scheme_warning(self.labels[sample], self.manifest.scheme):
+            warnings.warn(doubt, stacklevel=2)
         return self
 
     def __len__(self) -> int:

@@ -87,12 +87,18 @@ def paste_face(
         x, y = np.meshgrid(*((np.arange(n) + 0.5) for n in CROP_SIZE))
         to_edge = np.minimum(np.minimum(x, CROP_SIZE[0] - x), np.minimum(y, CROP_SIZE[1] - y))
         mask = Image.fromarray((np.clip(to_edge / 12, 0, 1) * 255).astype(np.uint8))
-    placing = (photo.size, Image.Transform.AFFINE, tuple(matrix.ravel()))
-    return Image.composite(
-        face.transform(*placing, Image.Resampling.BICUBIC),
-        photo,
-        mask.transform(*placing, Image.Resampling.BILINEAR),
-    )
+    inverse = invert_transform(matrix)
+    corners = np.array([[0, 0], [CROP_SIZE[0], 0], [0, CROP_SIZE[1]], CROP_SIZE])
+    corners = corners @ inverse[:, :2].T + inverse[:, 2]  # in the photo
+    start = np.clip(np.floor(corners.min(0)).astype(int) - 2, 0, photo.size)
+    stop = np.clip(np.ceil(corners.max(0)).astype(int) + 2, 0, photo.size)
+    pasted = photo.copy()
+    if (stop > start).all():  # the place of the face alone, which a large photo has but a small part of
+        shifted = np.c_[matrix[:, :2], matrix[:, 2] + matrix[:, :2] @ start]
+        placing = (tuple(stop - start), Image.Transform.AFFINE, tuple(shifted.ravel()))
+        placed = face.transform(*placing, Image.Resampling.BICUBIC)
+        pasted.paste(placed, tuple(start), mask.transform(*placing, Image.Resampling.BILINEAR))
+    return pasted
 
 # %% ../../nbs/12_editing/00_align.ipynb #c0012
 MAX_DETECTION_SIDE = 640  # pixels of the longer side, at which faces are looked for

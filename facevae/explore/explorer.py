@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERPOLATION_STEPS', 'ExplorerControls', 'report_errors', 'LatentExplorer']
 
-# %% ../../nbs/13_explore/02_explorer.ipynb #c0002
+# %% ../../nbs/13_explore/02_explorer.ipynb #c
 import functools
 import random
 import re
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ..core import FaceVAEError, atomic_file, private_directory
+from ..data.images import READABLE_SUFFIXES
 from ..data.store import FaceStore
 from ..editing.animation import save_gif, to_frames
 from ..editing.latent_space import interpolate
@@ -47,7 +48,7 @@ from facevae.explore.widgets import (
 from ..model.inference import join_images
 from ..model.vae import FaceVAE
 
-# %% ../../nbs/13_explore/02_explorer.ipynb #c0004
+# %% ../../nbs/13_explore/02_explorer.ipynb #c
 def _button(text: str, tooltip: str) -> widgets.Button:
     return widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto"})
 
@@ -79,7 +80,7 @@ class ExplorerControls:
         self.previous, self.next = _button("Previous", "Previous face"), _button("Next", "Next face")
         self.random = _button("Random", "Any face")
         self.upload = widgets.FileUpload(
-            accept=".jpg,.jpeg,.png,.webp,.bmp",
+            accept=",".join(READABLE_SUFFIXES),
             description="Upload a photo",
             tooltip="A photo of yours, which stays on this machine",
             layout={"width": "auto"},
@@ -124,7 +125,7 @@ class ExplorerControls:
             ]
         )
 
-# %% ../../nbs/13_explore/02_explorer.ipynb #c0006
+# %% ../../nbs/13_explore/02_explorer.ipynb #c
 INTERPOLATION_STEPS = 51  # places from A to B
 
 

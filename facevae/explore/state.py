@@ -16,11 +16,12 @@ from typing import Protocol
 
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..core import FaceVAEError
-from ..data.images import UnusableInput, open_image, to_rgb
+from ..data.decoding import UnusableInput
+from ..data.images import read_whole_image
 from ..data.store import FaceStore
 from ..editing.align import align
 from facevae.editing.latent_space import (
@@ -108,14 +109,11 @@ def uploaded_face(content: bytes, name: str, aligned: bool = True) -> ExplorerFa
     """
     name = Path(name.replace("\\", "/")).name or "the upload"
     try:
-        with open_image(Path(name), data=bytes(content)) as image:
-            photo = to_rgb(ImageOps.exif_transpose(image))
+        photo = read_whole_image(name, bytes(content))
     except UnusableInput as error:
         raise FaceVAEError(
-            f"'{name}' cannot be used: {error.problem}. Give a JPEG, PNG, WebP or BMP image."
+            f"'{name}' cannot be used: {error.problem}. Give a whole image, as JPEG or PNG."
         ) from None
-    except Exception:  # decoders fail in every way there is
-        raise FaceVAEError(f"'{name}' is damaged. Give a whole image.") from None
     if not aligned:
         return ExplorerFace(photo, name, "Taken as it is.")
     try:

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..core import FaceVAEError, atomic_file
-from ..data.images import MAX_PIXELS, UnusableInput, open_image, to_rgb
+from ..data.decoding import MAX_PIXELS, UnusableInput, to_rgb
+from ..data.images import read_whole_image
 
 # %% ../../nbs/08_model/02_inference.ipynb #c0004
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -31,14 +32,11 @@ ImageInput = str | os.PathLike | Image.Image | np.ndarray | Tensor
 def read_photo(path: str | Path) -> Image.Image:
     """An image file as an upright RGB image of its own size. Raises FaceVAEError when it cannot be read."""
     try:
-        with open_image(Path(path)) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        return read_whole_image(path)
     except UnusableInput as error:
         raise FaceVAEError(
-            f"'{path}' cannot be used: {error.problem} ({error.detail}). Give a JPEG, PNG, WebP or BMP image."
+            f"'{path}' cannot be used: {error.problem} ({error.detail}). Give a whole image, as JPEG or PNG."
         ) from None
-    except Exception as error:  # decoders fail in every way there is
-        raise FaceVAEError(f"'{path}' is damaged ({error}). Give a whole image.") from None
 
 
 def to_pil_image(image: ImageInput) -> Image.Image:
@@ -128,7 +126,7 @@ class Reconstruction(NamedTuple):
 
     def side_by_side(self, gap: int = 4) -> Image.Image:
         """One image: original, reconstruction and, where there is one, predicted mask and what it pastes."""
-        return join_images([image.convert("RGB") for image in self if image is not None], gap)
+        return join_images([to_rgb(image) for image in self if image is not None], gap)
 
 # %% ../../nbs/08_model/02_inference.ipynb #c0010
 @contextmanager

@@ -34,12 +34,13 @@ from facevae.core import (
     progress_bar,
     write_text,
 )
+from ..data.decoding import UnusableInput
 from facevae.data.images import (
-    IMAGE_SUFFIXES,
+    READABLE_SUFFIXES,
     ImageFolder,
     ImageZip,
-    UnusableInput,
     open_images,
+    passed_over,
     read_labels,
     resize_nearest,
     stem,
@@ -149,7 +150,7 @@ class FolderParser:
             if problem:
                 self.skipped.append(Skipped(name, problem))
             elif same_stem[stem(name)] > 1:
-                detail = "two of this name differ only in their suffix"
+                detail = "two of this name differ only in suffix or accents"
                 self.skipped.append(Skipped(name, "images share one label map", detail))
             else:
                 self.names.append(name)
@@ -319,7 +320,7 @@ def parse_folder(
 ) -> dict:
     """Write a label map for every image of a folder or zip file, as far as they are not there.
 
-    images: folder of JPEG, PNG, WebP or BMP files, searched with its subfolders, or a zip file of them.
+    images: folder of image files, searched with its subfolders, or a zip file of them.
     out: directory of label maps, new or begun before.
     parser: see `load_parser`.
     batch_size: images at a time.
@@ -333,7 +334,8 @@ def parse_folder(
     path, out = check_folders(images, out, max_bad)
     images = open_images(path, out)
     if not images.names:
-        raise FaceVAEError(f"--images: '{path}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        kinds, passed = ", ".join(READABLE_SUFFIXES), passed_over(images.files)
+        raise FaceVAEError(f"--images: '{path}' holds no images ({kinds}). {passed}".rstrip())
     record = _new_record(parser)
     try:
         with exclusive(out):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE_SIZE', 'DOUBT_WEIGHTS', 'MIN_FACE_AREA', 'MAX_FACE_AREA', 'QUALITY_COLUMNS', 'PNG_END', 'QUALITY_FILE',
-           'MAX_QUALITY_BYTES', 'QUALITY_TYPES', 'score_labels', 'label_name', 'doubtful_grid', 'is_whole',
+           'MAX_QUALITY_ROW', 'QUALITY_TYPES', 'score_labels', 'label_name', 'doubtful_grid', 'is_whole',
            'write_labels', 'read_quality', 'write_table']
 
 # %% ../../nbs/05_parsing/03_label_quality.ipynb #c
@@ -19,10 +19,10 @@ from PIL import Image
 from scipy import ndimage
 
 from ..core import FaceVAEError, UnreadableFile, atomic_file, reading, write_quickly
+from ..data.decoding import UnusableInput
 from facevae.data.images import (
     ImageFolder,
     ImageZip,
-    UnusableInput,
     read_labels,
     resize_nearest,
     stem,
@@ -150,7 +150,7 @@ def write_labels(out: Path, name: str, labels: np.ndarray) -> None:
 
 # %% ../../nbs/05_parsing/03_label_quality.ipynb #c
 QUALITY_FILE = "quality.csv"
-MAX_QUALITY_BYTES = 2**31
+MAX_QUALITY_ROW = 400  # bytes for each image
 QUALITY_TYPES = dict.fromkeys(QUALITY_COLUMNS, float) | {
     "name": str,
     "components": int,
@@ -162,7 +162,7 @@ QUALITY_TYPES = dict.fromkeys(QUALITY_COLUMNS, float) | {
 def read_quality(out: Path, names: Sequence[str]) -> pd.DataFrame:
     """The whole rows of `quality.csv`, at most one a name; none when it is damaged: it can be made again."""
     try:
-        data = read_bytes(out / QUALITY_FILE, MAX_QUALITY_BYTES)
+        data = read_bytes(out / QUALITY_FILE, 2**20 + MAX_QUALITY_ROW * len(names))
         whole_rows = io.BytesIO(data[: data.rfind(b"\n") + 1])
         table = pd.read_csv(whole_rows, keep_default_na=False, dtype=QUALITY_TYPES)
         if tuple(table.columns) != QUALITY_COLUMNS:
