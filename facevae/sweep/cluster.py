@@ -177,11 +177,13 @@ def existing_cluster(
     for handler in logging.getLogger("distributed").handlers:
         handler.setLevel(logging.CRITICAL)
     where = {"scheduler_file": str(scheduler_file)} if scheduler_file is not None else {"address": scheduler}
+    security = _security(tls)
     try:
-        client = Client(**where, timeout=15, set_as_default=False, security=_security(tls))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        client = Client(**where, timeout=15, set_as_default=False, security=security)
+    except Exception as error:  # of many kinds, by what the connection was doing
+        reason = str(error) or type(error).__name__
         raise FaceVAEError(
-            f"No Dask scheduler answers at '{scheduler_file or scheduler}' ({error}). Check that it is "
+            f"No Dask scheduler answers at '{scheduler_file or scheduler}' ({reason}). Check that it is "
             "running and that this machine can reach it. An address looks like tls://host:8786 with "
             "certificates, which --tls-ca, --tls-cert and --tls-key name, and tcp://host:8786 without."
         ) from None
