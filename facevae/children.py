@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ._paths import search_path
-from .core import private_directory
+from .atomic_io import private_directory
 
 # %% ../nbs/02_children.ipynb #c0004
 LEFT_OUT_PREFIXES = (

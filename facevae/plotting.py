@@ -17,7 +17,7 @@ import seaborn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .core import atomic_file
+from .atomic_io import atomic_file
 
 # %% ../nbs/01_plotting.ipynb #c0004
 UNMASKED_COLOR, MASKED_COLOR = "#a9bccd", "#00558c"

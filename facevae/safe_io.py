@@ -9,7 +9,7 @@ __all__ = ['MAX_JSON_BYTES', 'MAX_MANIFEST_BYTES', 'DEFAULT_REMEDY', 'BYTE_ORDER
            'decode_text', 'read_text', 'read_object', 'object_digest', 'check_object', 'object_text', 'write_object',
            'type_problems', 'DelimitedText', 'read_table']
 
-# %% ../nbs/01_safe_io.ipynb #c
+# %% ../nbs/01_safe_io.ipynb #c0002
 import codecs
 import csv
 import hashlib
@@ -21,14 +21,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import FaceVAEError, MissingFile, reading, write_text
+from .atomic_io import write_text
+from .core import FaceVAEError, MissingFile, reading
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
     from pyarrow import parquet
 
-# %% ../nbs/01_safe_io.ipynb #c
+# %% ../nbs/01_safe_io.ipynb #c0004
 def name_problem(name: str, folders: bool = True) -> str:
     """Why a name cannot be used for something inside a directory, or "" when it can.
 
@@ -55,7 +56,7 @@ def path_inside(folder: str | Path, name: str) -> Path:
         )
     return path
 
-# %% ../nbs/01_safe_io.ipynb #c
+# %% ../nbs/01_safe_io.ipynb #c0008
 MAX_JSON_BYTES = 2**20  # such a file has a few KB
 MAX_MANIFEST_BYTES = 2**25  # of a store, which lists what was skipped: a hundred thousand inputs
 DEFAULT_REMEDY = "Copy it again, or make it again."
@@ -176,7 +177,7 @@ def write_object(path: str | Path, fields: Mapping[str, Any]) -> Path:
     """Write a JSON object with its digest, which `read_object` checks, atomically; returns the path."""
     return write_text(path, object_text(fields))
 
-# %% ../nbs/01_safe_io.ipynb #c
+# %% ../nbs/01_safe_io.ipynb #c0012
 JSON_NUMBER, JSON_TEXT, JSON_TEXTS = "a finite number", "a text", "a list of texts"
 JSON_BOOLEAN, JSON_OBJECT = "true or false", "an object"
 
@@ -209,7 +210,7 @@ def type_problems(values: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[s
         if values.get(key) is not None and not _is_of_kind(values[key], kind)
     }
 
-# %% ../nbs/01_safe_io.ipynb #c
+# %% ../nbs/01_safe_io.ipynb #c0016
 MAX_LINE_BYTES, ROWS_AT_A_TIME = 2**20, 20_000
 
 
@@ -276,7 +277,7 @@ class DelimitedText:
             table[texts.columns] = texts
             yield table[(table != "").any(axis=1)]  # spreadsheets write out rows that were emptied
 
-# %% ../nbs/01_safe_io.ipynb #c
+# %% ../nbs/01_safe_io.ipynb #c0020
 MAX_PARQUET_BYTES, MAX_TEXT_BYTES = 200_000_000, 1000
 
 

@@ -19,8 +19,6 @@ MAX_COLUMNS, MAX_MODULE, MAX_FUNCTION = 110, 400, 60  # columns of a line, lines
 
 # Modules of more than 400 lines, and why.
 LONG_MODULES = {
-    "core": "errors, what they say, and the one way in which files are read, locked and put in place",
-    "sweep.runner": "one run as processes: its notebook, its watch, and every way in which it can end",
     "analysis.plots": "seven figures that share panels, legends and the notice that nothing can be drawn",
     "data.celeba_files": "layouts, counts, digests, tables and download of one data set",
 }

@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT, facevae_here
 from PIL import Image
 
+from facevae.atomic_io import atomic_directory, atomic_file, file_lock, machine_id, write_text
 from facevae.config import make_config
-from facevae.core import FaceVAEError, atomic_directory, atomic_file, file_lock, machine_id, write_text
+from facevae.core import FaceVAEError
 from facevae.system import current_process, is_alive
 from facevae.training.lock import LockBusy, acquire
 from facevae.training.run import RunDirectory, write_pending

@@ -787,7 +787,7 @@ def test_overwriting_removes_the_link_and_not_what_it_leads_to(things, tmp_path)
     assert "already exists" in refused_command(
         "pack", "synthetic", "--count", 4, "--size", 36, "--out", things / "model"
     )
-    from facevae.core import atomic_directory
+    from facevae.atomic_io import atomic_directory
 
     with atomic_directory(load_keras_to, overwrite=True) as partial:
         (partial / "new").write_text("")

@@ -13,9 +13,8 @@ from unittest import mock
 import pytest
 from conftest import facevae_here
 
-from facevae import core
-from facevae.core import (
-    FaceVAEError,
+from facevae import atomic_io
+from facevae.atomic_io import (
     atomic_directory,
     atomic_file,
     private_directory,
@@ -23,6 +22,7 @@ from facevae.core import (
     restore_directory,
     write_text,
 )
+from facevae.core import FaceVAEError
 from facevae.training.lock import LockBusy, acquire, is_locked, newest_lock
 
 
@@ -30,7 +30,7 @@ def forked(function) -> int:
     """Run a function in a process of its own, as a new command; its exit code, negative for a signal."""
     pid = os.fork()
     if not pid:
-        core._CLEARED.clear()
+        atomic_io._CLEARED.clear()
         try:
             function()
         finally:
@@ -101,7 +101,7 @@ def test_what_cannot_be_put_back_is_named(tmp_path):
     path = tmp_path / "store"
     fill(path, "old")
     killed(lambda: fill(path, "new"), *MOMENTS["the new one gets its name"])
-    with mock.patch.object(core.os, "replace", side_effect=PermissionError(13, "Permission denied")):
+    with mock.patch.object(atomic_io.os, "replace", side_effect=PermissionError(13, "Permission denied")):
         shown = facevae_here("verify", path)
     assert shown.returncode == 1 and "move it back" in shown.stderr
     aside = Path(shown.stderr.split("lies in '")[1].split("'")[0])
@@ -127,7 +127,7 @@ def living(function):
 
 def test_leftovers_go_and_what_lives_stays(tmp_path, monkeypatch):
     """Of files, directories and temporary files, as soon as their process is dead, and not before."""
-    monkeypatch.setattr(core.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(atomic_io.tempfile, "tempdir", str(tmp_path))
     makers = [
         lambda: atomic_file(tmp_path / "status.json"),
         lambda: atomic_directory(tmp_path / "store"),
@@ -150,12 +150,12 @@ def test_leftovers_go_and_what_lives_stays(tmp_path, monkeypatch):
 
 def test_only_leftovers_are_removed(tmp_path, monkeypatch):
     """What looks like one and is not, and what another machine may be working on."""
-    monkeypatch.setattr(core.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(atomic_io.tempfile, "tempdir", str(tmp_path))
     for name in ("facevae-notes", ".film.partial", ".x.0a1b2c3d.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("")
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "lock").write_text(core.machine_id())
+    (tmp_path / "elsewhere" / "lock").write_text(atomic_io.machine_id())
     (tmp_path / ".link.0a1b2c3d.partial").symlink_to("elsewhere")
     (tmp_path / "facevae-link").symlink_to("elsewhere")
     there = tmp_path / ".status.json.0a1b2c3d.partial"
@@ -203,7 +203,7 @@ def test_a_lock_file_with_odd_numbers_blocks_nobody(tmp_path, monkeypatch, every
     monkeypatch.setenv("FACEVAE_HEARTBEAT", "0.05")
     file = tmp_path / "claims" / "000001.json"
     file.parent.mkdir()
-    content = {"host": "x", "machine": core.machine_id(), "process": GONE, "every": every}
+    content = {"host": "x", "machine": atomic_io.machine_id(), "process": GONE, "every": every}
     file.write_text(json.dumps(content))
     with acquire(tmp_path) as lock:
         assert lock.number == 2

@@ -85,7 +85,7 @@ def store(tmp_path):
 FORKS = """
     import os, sys, time
     sys.path.insert(0, sys.argv[1])
-    import facevae.core, facevae.data.packing as packing
+    import facevae.atomic_io, facevae.data.packing as packing
     from test_store import Plain
 
     def run(moment, out):
@@ -97,7 +97,7 @@ FORKS = """
         if moment == "manifest": packing.write_object = hang
         if moment == "rename":
             replace = os.replace
-            facevae.core.os.replace = (
+            facevae.atomic_io.os.replace = (
                 lambda source, target: hang() if str(target) == out else replace(source, target)
             )
         batch = int(moment) if moment.isdigit() else -1

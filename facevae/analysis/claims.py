@@ -36,7 +36,8 @@ from facevae.analysis.statistics import (
     estimate,
     holm_correction,
 )
-from ..core import FaceVAEError, atomic_file, choices_hint, printable
+from ..atomic_io import atomic_file
+from ..core import FaceVAEError, choices_hint, printable
 from ..metrics.tables import METRICS
 from ..safe_io import read_text
 

@@ -41,7 +41,8 @@ from facevae.analysis.tables import (
     verdict_tables,
     view_tables,
 )
-from ..core import printable, write_text
+from ..atomic_io import write_text
+from ..core import printable
 from ..metrics.tables import METRICS
 from ..plotting import save_figure
 from ..safe_io import path_inside

@@ -18,12 +18,13 @@ from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..atomic_io import private_directory, write_text
 from .baseline import write_image_folder
 from .roofline import measure_peaks
 from .timing import Workload, machine_info, peak_memory, time_interleaved
 from .workloads import Recipe, measure_steps, measure_store_opening, result_row
 from ..config import RunConfig, make_config
-from ..core import FaceVAEError, choices_hint, private_directory, progress_bar, write_text
+from ..core import FaceVAEError, choices_hint, progress_bar
 from ..data.packing import pack
 from ..data.sources import FolderSource
 from ..data.store import FaceStore

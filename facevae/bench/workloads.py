@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 
+from ..atomic_io import write_text
 from .baseline import PlainTraining
 from .roofline import compare_with_roofline, profile_step, roofline_bound, step_costs
 from .timing import Workload, peak_memory, prepare_workload, private_memory, time_interleaved
 from ..config import RunConfig
-from ..core import write_text
 from ..data.loader import Batches
 from ..data.store import RESIZE_METHOD, STORE_FILES, ArrayWriter, FaceStore, Manifest
 from ..metrics.tables import METRICS

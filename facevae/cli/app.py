@@ -260,7 +260,7 @@ def cli_import_original(
     overwrite: OverwriteOption = False,
 ):
     """Turn the authors' Keras weights into a model, which FaceVAE.from_pretrained and the commands read."""
-    from facevae.core import atomic_directory
+    from facevae.atomic_io import atomic_directory
     from facevae.model.keras import load_keras
 
     vae = load_keras(weights)

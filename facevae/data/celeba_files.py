@@ -10,7 +10,7 @@ __all__ = ['CELEBA_COUNT', 'LAST_OF_SPLIT', 'ANY_IMAGE', 'ANY_LABELS', 'IMAGE_NA
            'check_digests', 'NumberedTable', 'read_numbered_table', 'manual_download_error', 'download_celeba',
            'unpack_images']
 
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c
+# %% ../../nbs/03_data/05_celeba_files.ipynb #c0002
 import errno
 import itertools
 import os
@@ -24,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import FaceVAEError, atomic_file, choices_hint, printable, progress_bar, write_quickly
+from ..atomic_io import atomic_file, write_quickly
+from ..core import FaceVAEError, choices_hint, printable, progress_bar
 from .images import IMAGE_SUFFIXES, LABEL_SUFFIXES, list_files
 from .store import SPLITS
 from ..safe_io import DelimitedText, read_text
 
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c
+# %% ../../nbs/03_data/05_celeba_files.ipynb #c0004
 CELEBA_COUNT = 202_599
 # The last image of each split: the official partition is by number.
 LAST_OF_SPLIT = {"train": 162_770, "val": 182_637, "test": CELEBA_COUNT}
@@ -96,7 +97,7 @@ def summarize_names(numbers: np.ndarray, form: str = "{:06d}.jpg") -> str:
     first = ", ".join(form.format(number) for number in numbers[:3])
     return first + (f" and {len(numbers) - 3:,} more" if len(numbers) > 3 else "")
 
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c
+# %% ../../nbs/03_data/05_celeba_files.ipynb #c0006
 # A folder that unpacks into itself comes first.
 IMAGE_PLACES = (
     "img_align_celeba/img_align_celeba",
@@ -221,7 +222,7 @@ def find_layout(root: str | Path, layout: str | None = None) -> CelebALayout:
         )
     return whole[0]
 
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c
+# %% ../../nbs/03_data/05_celeba_files.ipynb #c0011
 def check_counts(
     present: np.ndarray, attributes: np.ndarray, partition: np.ndarray, layout: CelebALayout
 ) -> None:
@@ -274,7 +275,7 @@ def check_digests(layout: CelebALayout) -> None:
                 f"and should be {expected}. Fetch it again, or take it as it is with --allow-subset."
             )
 
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c
+# %% ../../nbs/03_data/05_celeba_files.ipynb #c0017
 MAX_TABLE_BYTES, MAX_TABLE_COLUMNS = 2**26, 200
 
 
@@ -367,7 +368,7 @@ def _row_numbers(names: pd.Series, pattern: re.Pattern, highest: int) -> np.ndar
         raise ValueError(f"it names {twice.iloc[0]}, twice")
     return numbers.to_numpy()
 
-# %% ../../nbs/03_data/05_celeba_files.ipynb #c
+# %% ../../nbs/03_data/05_celeba_files.ipynb #c0021
 DOWNLOAD_FILES = ("list_eval_partition.txt", "list_attr_celeba.txt", "img_align_celeba.zip")
 DOWNLOAD_BYTES = 3_500_000_000  # packed and unpacked
 

@@ -14,7 +14,8 @@ import re
 import time
 from pathlib import Path
 
-from ..core import FaceVAEError, file_digest, write_text
+from ..atomic_io import write_text
+from ..core import FaceVAEError, file_digest
 
 # %% ../../nbs/03_data/00_digests.ipynb #c0003
 NOTED_BYTES = 2**22  # the digest of a smaller file is not worth a note on the disk

@@ -26,16 +26,8 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
-from facevae.core import (
-    BLOCKING_ERRNOS,
-    FaceVAEError,
-    atomic_directory,
-    atomic_file,
-    file_digest,
-    printable,
-    progress_bar,
-    remove_leftovers,
-)
+from ..atomic_io import BLOCKING_ERRNOS, atomic_directory, atomic_file, remove_leftovers
+from ..core import FaceVAEError, file_digest, printable, progress_bar
 from .labels import scheme_warning
 from facevae.data.store import (
     RESIZE_METHOD,

@@ -7,7 +7,7 @@ __all__ = ['LABEL_COLOURS', 'REPACK', 'IMAGE_SIZES', 'SPLITS', 'STORE_FILES', 'R
            'ArrayWriter', 'open_array', 'check_size', 'hash_split', 'read_index', 'SkippedInput', 'Manifest',
            'read_manifest', 'FaceStore']
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0002
 import colorsys
 import hashlib
 import json
@@ -22,15 +22,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from facevae.core import (
-    FaceVAEError,
-    MissingFile,
-    choices_hint,
-    file_digest,
-    printable,
-    reading,
-    restore_directory,
-)
+from ..atomic_io import restore_directory
+from ..core import FaceVAEError, MissingFile, choices_hint, file_digest, printable, reading
 from .digests import known_digest
 from .labels import LABEL_CLASSES, scheme_warning
 from facevae.safe_io import (
@@ -45,7 +38,7 @@ from facevae.safe_io import (
 if TYPE_CHECKING:  # whoever only opens stores does without pandas
     import pandas as pd
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0004
 # Hues a golden section apart, full and pale in turn: classes that touch never look alike.
 LABEL_COLOURS = np.array(
     [
@@ -74,7 +67,7 @@ def image_grid(images: np.ndarray, labels: np.ndarray | None = None, columns: in
     grid = grid.reshape(rows, columns, size, size, 3).swapaxes(1, 2)  # (rows, S, columns, S, 3)
     return Image.fromarray(grid.reshape(rows * size, columns * size, 3))
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0012
 REPACK = "Copy the store again, or pack it again."
 
 
@@ -121,7 +114,7 @@ class ArrayWriter:
                 if kind is None:
                     raise
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0015
 def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     """Map a uint8 `.npy` file into memory, read-only.
 
@@ -149,7 +142,7 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
     ):  # a file full of holes may claim to be petabytes
         return np.memmap(path, np.uint8, "r", start, shape)
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0022
 IMAGE_SIZES = (36, 72, 144, 288)
 SPLITS = ("train", "val", "test")
 
@@ -174,7 +167,7 @@ def hash_split(name: str) -> str:
         return "train"
     return "val" if fraction < 0.9 else "test"
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0027
 def read_index(path: str | Path, count: int) -> "pd.DataFrame":
     """The index table of a store: name, split, then a bool column for each attribute.
 
@@ -199,7 +192,7 @@ def read_index(path: str | Path, count: int) -> "pd.DataFrame":
         raise FaceVAEError(f"'{path}' is not the index of a store ({problem}). {REPACK}")
     return index
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0031
 STORE_FILES = ("images.npy", "labels.npy", "index.parquet")
 RESIZE_METHOD = "squash: Pillow bilinear with antialias (images), nearest (labels)"
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -273,7 +266,7 @@ def _is_there(path: Path) -> bool:
         return False
     return True
 
-# %% ../../nbs/03_data/02_store.ipynb #c
+# %% ../../nbs/03_data/02_store.ipynb #c0037
 class FaceStore:
     """Packed faces, read-only.
 

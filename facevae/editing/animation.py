@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..core import FaceVAEError, atomic_file, choices_hint
+from ..atomic_io import atomic_file
+from ..core import FaceVAEError, choices_hint
 
 # %% ../../nbs/12_editing/03_animation.ipynb #c0004
 def to_frames(

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..core import FaceVAEError, atomic_file, progress_bar
+from ..atomic_io import atomic_file
+from ..core import FaceVAEError, progress_bar
 from ..data.images import READABLE_SUFFIXES, ImageFolder, passed_over
 from .align import align, paste_face
 from ..model.inference import Reconstruction, read_photo, reconstruct

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERPOLATION_STEPS', 'ExplorerControls', 'report_errors', 'LatentExplorer']
 
-# %% ../../nbs/13_explore/02_explorer.ipynb #c
+# %% ../../nbs/13_explore/02_explorer.ipynb #c0002
 import functools
 import random
 import re
@@ -17,7 +17,8 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
-from ..core import FaceVAEError, atomic_file, private_directory
+from ..atomic_io import atomic_file, private_directory
+from ..core import FaceVAEError
 from ..data.images import READABLE_SUFFIXES
 from ..data.store import FaceStore
 from ..editing.animation import save_gif, to_frames
@@ -48,7 +49,7 @@ from facevae.explore.widgets import (
 from ..model.inference import join_images
 from ..model.vae import FaceVAE
 
-# %% ../../nbs/13_explore/02_explorer.ipynb #c
+# %% ../../nbs/13_explore/02_explorer.ipynb #c0004
 def _button(text: str, tooltip: str) -> widgets.Button:
     return widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto"})
 
@@ -125,7 +126,7 @@ class ExplorerControls:
             ]
         )
 
-# %% ../../nbs/13_explore/02_explorer.ipynb #c
+# %% ../../nbs/13_explore/02_explorer.ipynb #c0006
 INTERPOLATION_STEPS = 51  # places from A to B
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core import FaceVAEError, atomic_file
+from ..atomic_io import atomic_file
+from ..core import FaceVAEError
 from ..safe_io import JSON_NUMBER, JSON_OBJECT, read_table, type_problems
 
 if TYPE_CHECKING:

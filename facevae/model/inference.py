@@ -21,7 +21,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ..core import FaceVAEError, atomic_file
+from ..atomic_io import atomic_file
+from ..core import FaceVAEError
 from ..data.decoding import MAX_PIXELS, UnusableInput, to_rgb
 from ..data.images import read_whole_image
 

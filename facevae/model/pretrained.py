@@ -20,16 +20,9 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from pydantic import ValidationError
 
+from ..atomic_io import atomic_file, restore_directory
 from ..config import ModelConfig
-from facevae.core import (
-    COMPANION_FILES,
-    FaceVAEError,
-    atomic_file,
-    bundled_models,
-    model_folder,
-    printable,
-    restore_directory,
-)
+from ..core import COMPANION_FILES, FaceVAEError, bundled_models, model_folder, printable
 from .tensors import read_tensors, save_tensors
 from ..safe_io import read_bytes, read_object
 

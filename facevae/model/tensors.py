@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import load, save_file
 
-from ..core import atomic_file, reading
+from ..atomic_io import atomic_file
+from ..core import reading
 from ..safe_io import require_file
 
 # %% ../../nbs/08_model/00_tensors.ipynb #c0004

@@ -23,17 +23,8 @@ import torch
 from filelock import Timeout
 
 from .. import __version__
-from facevae.core import (
-    BLOCKING_ERRNOS,
-    FaceVAEError,
-    atomic_file,
-    choices_hint,
-    file_lock,
-    no_follow,
-    printable,
-    progress_bar,
-    write_text,
-)
+from ..atomic_io import BLOCKING_ERRNOS, atomic_file, file_lock, no_follow, write_text
+from ..core import FaceVAEError, choices_hint, printable, progress_bar
 from ..data.decoding import UnusableInput
 from facevae.data.images import (
     READABLE_SUFFIXES,

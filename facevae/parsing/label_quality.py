@@ -7,7 +7,7 @@ __all__ = ['SCORE_SIZE', 'DOUBT_WEIGHTS', 'MIN_FACE_AREA', 'MAX_FACE_AREA', 'QUA
            'MAX_QUALITY_ROW', 'QUALITY_TYPES', 'score_labels', 'label_name', 'doubtful_grid', 'is_whole',
            'write_labels', 'read_quality', 'write_table']
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0002
 import io
 import os
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
-from ..core import FaceVAEError, UnreadableFile, atomic_file, reading, write_quickly
+from ..atomic_io import atomic_file, write_quickly
+from ..core import FaceVAEError, UnreadableFile, reading
 from ..data.decoding import UnusableInput
 from facevae.data.images import (
     ImageFolder,
@@ -31,7 +32,7 @@ from ..data.labels import class_ids, part_heights
 from ..data.store import image_grid
 from ..safe_io import path_inside, read_bytes
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0004
 SCORE_SIZE = 256
 DOUBT_WEIGHTS = {
     "skin": 1.0,
@@ -89,7 +90,7 @@ def score_labels(labels: np.ndarray) -> dict:
         "doubt": round(doubt, 4),
     }
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0010
 def label_name(name: str) -> str:
     """The label map of an image: its path with another suffix."""
     return f"{stem(name)}.png"
@@ -114,7 +115,7 @@ def doubtful_grid(
             continue
     return image_grid(*map(np.stack, zip(*faces))) if faces else None
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0014
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -148,7 +149,7 @@ def write_labels(out: Path, name: str, labels: np.ndarray) -> None:
     Image.fromarray(labels).save(data, "PNG", compress_level=4)
     write_quickly(path, data.getvalue())
 
-# %% ../../nbs/05_parsing/03_label_quality.ipynb #c
+# %% ../../nbs/05_parsing/03_label_quality.ipynb #c0018
 QUALITY_FILE = "quality.csv"
 MAX_QUALITY_ROW = 400  # bytes for each image
 QUALITY_TYPES = dict.fromkeys(QUALITY_COLUMNS, float) | {

@@ -6,7 +6,7 @@
 __all__ = ['RUN_KEY', 'visible_gpus', 'default_workers', 'thread_environment', 'worker_environment', 'LocalWorkerPool',
            'existing_cluster', 'check_worker', 'first_gpu', 'execute_job', 'ClusterWorkerPool']
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0002
 import contextlib
 import functools
 import logging
@@ -25,8 +25,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..atomic_io import machine_id, temporary_beside
 from ..children import program_output, start_python
-from ..core import PASSIVE_THREADS_ENV, FaceVAEError, machine_id, temporary_beside
+from ..core import PASSIVE_THREADS_ENV, FaceVAEError
 from ..data.store import FaceStore
 from .runner import RunResult, execute_run
 from ..system import cpu_count
@@ -35,7 +36,7 @@ from ..training.source_code import code_digest
 if TYPE_CHECKING:
     import distributed
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0004
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -78,7 +79,7 @@ def worker_environment(worker: int, workers: int) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return environment
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0009
 class LocalWorkerPool:
     """Workers of this machine: threads, each of which starts one run at a time as a process of its own.
 
@@ -125,7 +126,7 @@ class LocalWorkerPool:
         self.stop()
         self._threads.shutdown()
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0013
 def _security(tls: Mapping[str, str | Path]) -> "distributed.Security | None":
     """What Dask needs to encrypt, and to know the other side. tls: as for `existing_cluster`."""
     from distributed import Security
@@ -190,7 +191,7 @@ def existing_cluster(
     with client:
         yield client
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0016
 def check_worker(requirements: dict[str, Any]) -> dict[str, Any]:
     """Executed by a worker: where it is, and its problem with the work, or None.
 
@@ -241,7 +242,7 @@ def first_gpu() -> str | None:
     answer = program_output("nvidia-smi", "-i", first, "--query-gpu=uuid", "--format=csv,noheader")
     return answer if answer.startswith("GPU-") else None
 
-# %% ../../nbs/10_sweep/03_cluster.ipynb #c
+# %% ../../nbs/10_sweep/03_cluster.ipynb #c0018
 RUN_KEY = "facevae-run-"  # how Dask's keys of the runs begin, whichever sweep they are of
 _ONE_RUN = threading.Lock()
 

@@ -6,7 +6,7 @@
 __all__ = ['MAX_RUNS', 'SweepHypothesis', 'SweepFile', 'read_sweep', 'settings_text', 'RunSpec', 'select_runs', 'plan_sweep',
            'run_report']
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0002
 import contextlib
 import json
 from collections.abc import Callable, Iterable
@@ -17,15 +17,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from .. import __version__
+from ..atomic_io import file_lock, guarded_directory
 from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
-from facevae.core import (
-    FaceVAEError,
-    MissingFile,
-    UnreadableFile,
-    choices_hint,
-    file_lock,
-    guarded_directory,
-)
+from ..core import FaceVAEError, MissingFile, UnreadableFile, choices_hint
 from ..data.store import FaceStore
 from ..safe_io import name_problem, path_inside, read_object, write_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
@@ -39,7 +33,7 @@ from facevae.training.run import (
     write_pending,
 )
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0004
 MAX_RUNS = 20_000
 
 
@@ -107,7 +101,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
         problem = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     raise FaceVAEError(f"'{path}' is not a sweep: its sweep.json cannot be used ({problem}). {remedy}")
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0009
 def settings_text(overrides: dict[str, Any]) -> str:
     """Overrides as the text that the train notebook takes: "steps=200 width=0.5"."""
     return " ".join(f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in overrides.items())
@@ -183,7 +177,7 @@ class RunSpec:
         result = execute_run(**self.job(accept_code), environment=environment, poll=poll)
         return replace(result, error=f"{result.error} {RESUMES}") if result.state == "died" else result
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0012
 def select_runs(specs: list[RunSpec], only: str) -> list[RunSpec]:
     """The runs that a text such as "H1,H9:seed1" names. Raises FaceVAEError for what is not in the sweep."""
     named: dict[str, list[RunSpec]] = {}
@@ -196,7 +190,7 @@ def select_runs(specs: list[RunSpec], only: str) -> list[RunSpec]:
             raise FaceVAEError(f"'{part}' is not in this sweep. {choices_hint(part, named)}")
     return [spec for spec in specs if any(spec in named[part] for part in requested)]
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0014
 def plan_sweep(
     data: str | Path,
     out: str | Path,
@@ -281,7 +275,7 @@ def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis]
         fields["seeds"] = sorted({*saved.get("seeds", []), *seeds})
         write_object(out / "sweep.json", fields)
 
-# %% ../../nbs/10_sweep/01_plan.ipynb #c
+# %% ../../nbs/10_sweep/01_plan.ipynb #c0021
 def run_report(sweep: str | Path) -> Path:
     """Run the figures notebook over a sweep directory, finished or not; returns the path of report.html.
 

@@ -23,17 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic_io import BLOCKING_ERRNOS, DirectoryGone, atomic_file
 from ..children import kernel_specs, private_surroundings, start_python
-from facevae.core import (
-    BLOCKING_ERRNOS,
-    DirectoryGone,
-    FaceVAEError,
-    UnreadableFile,
-    atomic_file,
-    is_surrounding,
-    notebook_path,
-    surrounding_problem,
-)
+from ..core import FaceVAEError, UnreadableFile, is_surrounding, notebook_path, surrounding_problem
 from ..data.store import FaceStore
 from ..safe_io import write_object
 from facevae.training.lock import (

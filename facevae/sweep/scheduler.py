@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_TRIES', 'QueuedRun', 'Scheduler', 'run_sweep']
 
-# %% ../../nbs/10_sweep/04_scheduler.ipynb #c
+# %% ../../nbs/10_sweep/04_scheduler.ipynb #c0002
 import contextlib
 import time
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..core import FaceVAEError, UnreadableFile, check_guards, guarded_directory, progress_bar
+from ..atomic_io import check_guards, guarded_directory
+from ..core import FaceVAEError, UnreadableFile, progress_bar
 from ..data.store import FaceStore
 from facevae.sweep.cluster import (
     ClusterWorkerPool,
@@ -27,7 +28,7 @@ from .runner import RunResult
 from ..training.lock import acquire, is_locked
 from ..training.run import read_state, write_status
 
-# %% ../../nbs/10_sweep/04_scheduler.ipynb #c
+# %% ../../nbs/10_sweep/04_scheduler.ipynb #c0004
 MAX_TRIES = 3
 
 
@@ -179,7 +180,7 @@ class Scheduler:
         self.bar.update(max(0, step - queued.shown))
         queued.shown = max(queued.shown, step)
 
-# %% ../../nbs/10_sweep/04_scheduler.ipynb #c
+# %% ../../nbs/10_sweep/04_scheduler.ipynb #c0010
 def run_sweep(
     specs: list[RunSpec],
     data: str | Path,

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINTS_KEPT', 'BEST_FILE', 'DAMAGED_SUFFIX', 'FiniteFloat', 'TrainerState', 'save_checkpoint', 'save_best',
            'load_best', 'load_checkpoint']
 
-# %% ../../nbs/09_training/02_checkpoint.ipynb #c
+# %% ../../nbs/09_training/02_checkpoint.ipynb #c0002
 import os
 import warnings
 from pathlib import Path
@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from ..core import FaceVAEError, UnreadableFile, check_guards
+from ..atomic_io import check_guards
+from ..core import FaceVAEError, UnreadableFile
 from ..model.tensors import read_tensors, save_tensors
 from ..safe_io import path_inside
 from .files import checkpoint_files
 
-# %% ../../nbs/09_training/02_checkpoint.ipynb #c
+# %% ../../nbs/09_training/02_checkpoint.ipynb #c0004
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Model and optimiser state as one dictionary of tensors."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -62,7 +63,7 @@ def _restore(tensors: dict[str, torch.Tensor], model: nn.Module, optimizer: torc
     model.load_state_dict(weights)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../../nbs/09_training/02_checkpoint.ipynb #c
+# %% ../../nbs/09_training/02_checkpoint.ipynb #c0006
 CHECKPOINTS_KEPT, BEST_FILE, DAMAGED_SUFFIX = 2, "best.safetensors", ".damaged"
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import FaceVAEError, choices_hint, write_text
+from ..atomic_io import write_text
+from ..core import FaceVAEError, choices_hint
 from ..data.loader import Batches
 from ..data.store import FaceStore
 from ..metrics.filters import SSIM_WINDOW_SIZE

@@ -6,7 +6,7 @@
 __all__ = ['STALE_HEARTBEATS', 'LOCK_TYPES', 'heartbeat_seconds', 'LockBusy', 'LockLost', 'RunGone', 'newest_lock', 'is_locked',
            'RunLock', 'guard_run', 'inherit', 'kill_holder', 'acquire']
 
-# %% ../../nbs/09_training/00_lock.ipynb #c
+# %% ../../nbs/09_training/00_lock.ipynb #c0002
 import contextlib
 import json
 import os
@@ -22,22 +22,21 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from facevae.core import (
+from facevae.atomic_io import (
     REPLACE_GUARDS,
     DirectoryGone,
-    FaceVAEError,
     check_guards,
     discard,
     file_lock,
     machine_id,
-    printable,
     sync,
     write_text,
 )
+from ..core import FaceVAEError, printable
 from ..safe_io import JSON_NUMBER, JSON_OBJECT, JSON_TEXT, path_inside, read_object, type_problems
 from ..system import current_process, is_alive, kill
 
-# %% ../../nbs/09_training/00_lock.ipynb #c
+# %% ../../nbs/09_training/00_lock.ipynb #c0004
 STALE_HEARTBEATS = 12
 LOCK_TYPES = dict(host=JSON_TEXT, machine=JSON_TEXT, process=JSON_OBJECT, kernel=JSON_OBJECT)
 LOCK_TYPES |= dict(since=JSON_NUMBER, every=JSON_NUMBER, ended=JSON_NUMBER)
@@ -105,7 +104,7 @@ def is_locked(path: str | Path) -> bool:
     elsewhere = content["machine"] != machine_id()
     return elsewhere or is_alive(content.get("kernel")) or is_alive(content.get("process"))
 
-# %% ../../nbs/09_training/00_lock.ipynb #c
+# %% ../../nbs/09_training/00_lock.ipynb #c0006
 def _check(path: Path, number: int) -> None:
     """Raise LockLost unless this is the newest lock on the run, RunGone when it is not there at all."""
     folder = path / "claims"
@@ -191,7 +190,7 @@ class RunLock:
     def __exit__(self, *_) -> None:
         self.release()
 
-# %% ../../nbs/09_training/00_lock.ipynb #c
+# %% ../../nbs/09_training/00_lock.ipynb #c0008
 def _parent_lock() -> tuple[Path | None, int]:
     """Run directory and number of the lock that the parent process holds; None and 0 when it holds none."""
     number, _, path = os.environ.get("FACEVAE_LOCK", "").partition(":")
@@ -214,7 +213,7 @@ def inherit(path: str | Path) -> RunLock | None:
         raise LockLost(f"'{path}' was taken over by another process before this one began.")
     return RunLock(Path(path), number, None)
 
-# %% ../../nbs/09_training/00_lock.ipynb #c
+# %% ../../nbs/09_training/00_lock.ipynb #c0010
 def _lock_file(file_lock: FileLock, seconds: float = 0) -> bool | None:
     """Try to take the system's lock: whether it worked, or None where the file system has no locks."""
     try:

@@ -23,18 +23,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import __version__
+from ..atomic_io import atomic_file, no_follow, sync, write_text
 from ..config import RunConfig
-from facevae.core import (
-    FaceVAEError,
-    MissingFile,
-    UnreadableFile,
-    atomic_file,
-    no_follow,
-    printable,
-    surrounding_problem,
-    sync,
-    write_text,
-)
+from ..core import FaceVAEError, MissingFile, UnreadableFile, printable, surrounding_problem
 from ..data.store import FaceStore
 from facevae.safe_io import (
     JSON_NUMBER,

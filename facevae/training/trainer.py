@@ -22,8 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from .. import __version__
+from ..atomic_io import atomic_directory
 from ..config import RunConfig, format_settings, parse_terms
-from ..core import FaceVAEError, atomic_directory, progress_bar
+from ..core import FaceVAEError, progress_bar
 from ..data.loader import Batch, Batches, choose_source, to_device
 from ..data.store import FaceStore
 from ..model.inference import evaluation_mode
@@ -71,8 +72,7 @@ class FiniteWatch:
     """Remembers, for each loss term, the first step at which it was not finite."""
 
     def __init__(self):
-        self.names: list[str] = []
-        self.first: torch.Tensor | None = None  # (terms,), -1 while all is well
+        self.names, self.first = [], None  # of the terms; their first steps (terms,), -1 while all is well
 
     def record(self, step: int, values: dict[str, torch.Tensor]) -> None:
         """Take note of the terms of a step, without reading them."""
