@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from conftest import facevae_here
+from conftest import facevae_here, let_manifest_agree
 from drawn_celeba import Faces
 from PIL import Image
 
@@ -777,6 +777,7 @@ def test_an_index_has_no_more_rows_than_its_store(tmp_path, store):
     shutil.copytree(store, tmp_path / "store")
     index = parquet.read_table(tmp_path / "store" / "index.parquet")
     parquet.write_table(pa.concat_tables([index, index]), tmp_path / "store" / "index.parquet")
+    let_manifest_agree(tmp_path / "store", "index.parquet")
     assert "200 rows, and can have 100" in refused(lambda: FaceStore(tmp_path / "store").index)
 
 

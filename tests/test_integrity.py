@@ -31,7 +31,7 @@ from facevae.synthetic.render import SyntheticSource
 from facevae.training.checkpoint import load_checkpoint, save_checkpoint
 from facevae.training.evaluation import evaluate_run
 from facevae.training.files import RESULT_FILES
-from facevae.training.run import RunDirectory, read_state, read_status
+from facevae.training.run import RunDirectory, RunInterrupted, read_state, read_status
 from facevae.training.trainer import train
 
 SETTINGS = TINY[1::2]
@@ -290,7 +290,7 @@ def test_a_run_whose_checkpoint_cannot_be_read_is_interrupted(made, broken):
     """And not failed: the same command goes on with it as soon as it can be read."""
     config, before = RunDirectory(made.run).config, contents(made.run / "checkpoint")
     broken("step-")
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(RunInterrupted, match="could not be read"):
         train(config, made.store, made.run, progress=False)
     assert contents_unbroken(made.run / "checkpoint") == before
     status = read_state(made.run)
