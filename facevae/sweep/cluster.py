@@ -9,6 +9,7 @@ __all__ = ['RUN_KEY', 'visible_gpus', 'default_workers', 'thread_environment', '
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0002
 import contextlib
 import functools
+import gc
 import logging
 import os
 import shutil
@@ -178,16 +179,20 @@ def existing_cluster(
     for handler in logging.getLogger("distributed").handlers:
         handler.setLevel(logging.CRITICAL)
     where = {"scheduler_file": str(scheduler_file)} if scheduler_file is not None else {"address": scheduler}
-    security = _security(tls)
+    security, client = _security(tls), None
     try:
         client = Client(**where, timeout=15, set_as_default=False, security=security)
     except Exception as error:  # of many kinds, by what the connection was doing
         reason = str(error) or type(error).__name__
+    if client is None:
+        # Dask closes one that did not connect when it is collected: here, where no lock is held, and not in
+        # the middle of starting the next one, which then waits for itself.
+        gc.collect()
         raise FaceVAEError(
             f"No Dask scheduler answers at '{scheduler_file or scheduler}' ({reason}). Check that it is "
             "running and that this machine can reach it. An address looks like tls://host:8786 with "
             "certificates, which --tls-ca, --tls-cert and --tls-key name, and tcp://host:8786 without."
-        ) from None
+        )
     with client:
         yield client
 
