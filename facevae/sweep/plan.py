@@ -247,7 +247,7 @@ def plan_sweep(
         spec.done(store, accept_code)
     _write_sweep(out, fields, chosen, seeds)
     for spec in specs:
-        with contextlib.suppress(OSError):  # what is in the way is said when the run is begun
+        with contextlib.suppress(FaceVAEError, OSError):  # what is in the way is said when the run is begun
             write_pending(spec.run.path, steps=spec.config.steps)
     return part
 
