@@ -116,6 +116,7 @@ def private_surroundings() -> Iterator[Path]:
             "JUPYTER_CONFIG_DIR": folder / "jupyter",
             "JUPYTER_RUNTIME_DIR": folder / "runtime",
             "MATPLOTLIBRC": folder / "matplotlibrc",
+            "FACEVAE_DIRECTORY": os.getcwd(),  # what relative paths in a sweep.json are relative to
         }
         own = {name: os.environ[name] for name in ("FACEVAE_LOCK", "FACEVAE_GUARD") if name in os.environ}
         environment = child_environment(**own, **{key: str(path) for key, path in private.items()})

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from tqdm import tqdm
 # %% ../nbs/00_core.ipynb #c0004
 def printable(text: str) -> str:
     """The text with line breaks, control and direction marks written out as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)  # Zs: spaces of every width
+    return "".join(c if kept else c.encode("unicode_escape").decode() for c, kept in zip(text, shown))
 
 
 class FaceVAEError(Exception):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import TINY, facevae
+from conftest import TINY, facevae, rewrite
+from PIL import Image
 from test_report import assert_self_contained
 
 VIEWS = {"raw", "composite", "face"}
@@ -130,9 +131,16 @@ def test_papermill_with_a_mistyped_parameter_fails(store, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_figures_of_a_partial_sweep(study, tmp_path):
+def test_figures_of_a_partial_sweep(study, store, tmp_path):
+    """What is missing is said; faces of a store that sweep.json names by a relative path are drawn."""
     copy = Path(shutil.copytree(study, tmp_path / "study"))
     (copy / "H9" / "seed0" / "metrics.parquet").write_bytes(b"not parquet")
     shutil.rmtree(copy / "H5" / "seed1")
-    facevae("report", copy)
-    assert "missing" in (copy / "report.html").read_text().lower()
+    shutil.copytree(store, tmp_path / "faces")
+    rewrite(copy / "sweep.json", data="faces")
+    facevae("report", "study", cwd=tmp_path)
+    page = (copy / "report.md").read_text().lower()
+    assert "missing" in page
+    figure = copy / "figures" / "visual_comparison.png"
+    with Image.open(figure) as image:
+        assert image.height > 300, "a notice stands in the place of the faces"

@@ -7,6 +7,7 @@ __all__ = ['GRID_GAP', 'sweep_store', 'visual_samples', 'image_rows', 'visual_co
            'ReportFigure', 'study_figures']
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0002
+import os
 import tomllib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -48,7 +49,9 @@ def sweep_store(sweep: Sweep, store: FaceStore | None = None) -> FaceStore:
     store: one that may be it (default: the one that sweep.json names).
     Raises FaceVAEError when it is gone, or not the same any more.
     """
-    store = FaceStore(sweep.manifest.get("data") or "") if store is None else store
+    # The notebook of figures runs in an empty directory, and is told where its command was given.
+    here = Path(os.environ.get("FACEVAE_DIRECTORY", ""))
+    store = FaceStore(here / (sweep.manifest.get("data") or "")) if store is None else store
     if sweep.manifest.get("data_fingerprint", store.fingerprint) != store.fingerprint:
         raise FaceVAEError(
             f"The store '{store.path}' is not the one that this sweep was run on. "
