@@ -530,6 +530,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'facevae.core.bundled_models': ('core.html#bundled_models', 'facevae/core.py'),
                               'facevae.core.check_writable': ('core.html#check_writable', 'facevae/core.py'),
                               'facevae.core.choices_hint': ('core.html#choices_hint', 'facevae/core.py'),
+                              'facevae.core.command_directory': ('core.html#command_directory', 'facevae/core.py'),
                               'facevae.core.error_sentence': ('core.html#error_sentence', 'facevae/core.py'),
                               'facevae.core.file_digest': ('core.html#file_digest', 'facevae/core.py'),
                               'facevae.core.is_surrounding': ('core.html#is_surrounding', 'facevae/core.py'),

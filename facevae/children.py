@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ._paths import search_path
 from .atomic_io import private_directory
+from .core import command_directory
 
 # %% ../nbs/02_children.ipynb #c0004
 LEFT_OUT_PREFIXES = (
@@ -116,7 +117,7 @@ def private_surroundings() -> Iterator[Path]:
             "JUPYTER_CONFIG_DIR": folder / "jupyter",
             "JUPYTER_RUNTIME_DIR": folder / "runtime",
             "MATPLOTLIBRC": folder / "matplotlibrc",
-            "FACEVAE_DIRECTORY": os.getcwd(),  # what relative paths in a sweep.json are relative to
+            "FACEVAE_DIRECTORY": command_directory(),
         }
         own = {name: os.environ[name] for name in ("FACEVAE_LOCK", "FACEVAE_GUARD") if name in os.environ}
         environment = child_environment(**own, **{key: str(path) for key, path in private.items()})

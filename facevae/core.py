@@ -6,7 +6,7 @@
 __all__ = ['PASSIVE_THREADS_ENV', 'DEFAULT_MODEL', 'COMPANION_FILES', 'printable', 'FaceVAEError', 'MissingFile',
            'UnreadableFile', 'reading', 'shown_error', 'choices_hint', 'is_surrounding', 'surrounding_problem',
            'check_writable', 'error_sentence', 'file_digest', 'progress_bar', 'bundled_models', 'model_folder',
-           'notebook_path']
+           'command_directory', 'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
@@ -237,6 +237,11 @@ def model_folder(path: str | Path) -> Path:
     return Path(path) if os.path.lexists(path) else bundled_models().get(str(path), Path(path))
 
 # %% ../nbs/00_core.ipynb #c0029
+def command_directory() -> Path:
+    """Where the command was given: what relative paths mean, also in its notebooks, which run elsewhere."""
+    return Path(os.environ.get("FACEVAE_DIRECTORY") or os.getcwd())
+
+
 def notebook_path(name: str) -> Path:
     """Path of a notebook that is part of the package: "train", "figures" or "explore".
 

@@ -139,8 +139,8 @@ def test_figures_of_a_partial_sweep(study, store, tmp_path):
     shutil.copytree(store, tmp_path / "faces")
     rewrite(copy / "sweep.json", data="faces")
     facevae("report", "study", cwd=tmp_path)
-    page = (copy / "report.md").read_text().lower()
-    assert "missing" in page
+    page = (copy / "report.md").read_text()
+    assert "missing" in page.lower() and "facevae report study" in page
     figure = copy / "figures" / "visual_comparison.png"
     with Image.open(figure) as image:
         assert image.height > 300, "a notice stands in the place of the faces"

@@ -7,7 +7,6 @@ __all__ = ['GRID_GAP', 'sweep_store', 'visual_samples', 'image_rows', 'visual_co
            'ReportFigure', 'study_figures']
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0002
-import os
 import tomllib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from facevae.analysis.plots import (
 )
 from .results import Sweep, mask_pairs
 from .statistics import QUESTIONS, MetricValues, best_hypothesis, question_pairs
-from ..core import FaceVAEError
+from ..core import FaceVAEError, command_directory
 from ..data.labels import FACE_PARTS
 from ..data.store import FaceStore, check_size
 from ..metrics.tables import METRICS
@@ -49,9 +48,8 @@ def sweep_store(sweep: Sweep, store: FaceStore | None = None) -> FaceStore:
     store: one that may be it (default: the one that sweep.json names).
     Raises FaceVAEError when it is gone, or not the same any more.
     """
-    # The notebook of figures runs in an empty directory, and is told where its command was given.
-    here = Path(os.environ.get("FACEVAE_DIRECTORY", ""))
-    store = FaceStore(here / (sweep.manifest.get("data") or "")) if store is None else store
+    if store is None:
+        store = FaceStore(command_directory() / (sweep.manifest.get("data") or ""))
     if sweep.manifest.get("data_fingerprint", store.fingerprint) != store.fingerprint:
         raise FaceVAEError(
             f"The store '{store.path}' is not the one that this sweep was run on. "

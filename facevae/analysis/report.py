@@ -42,7 +42,7 @@ from facevae.analysis.tables import (
     view_tables,
 )
 from ..atomic_io import write_text
-from ..core import printable
+from ..core import command_directory, printable
 from ..metrics.tables import METRICS
 from ..plotting import save_figure
 from ..safe_io import path_inside
@@ -93,7 +93,9 @@ def sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
 def reproduction_commands(sweep: Sweep) -> str:
     """Shell commands that run this sweep again; they are safe to paste, whoever wrote the manifest."""
     manifest, source, lines = sweep.manifest, sweep.manifest.get("data_source") or {}, []
-    data, path = shlex.quote(str(manifest.get("data", "STORE"))), shlex.quote(str(sweep.path))
+    path, here = sweep.path.absolute(), command_directory()
+    path = shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else sweep.path))
+    data = shlex.quote(str(manifest.get("data", "STORE")))
     if isinstance(source, dict) and source.get("kind") == "synthetic" and {"count", "seed"} <= set(source):
         options = [(key, source[key]) for key in ("count", "seed", "size") if key in source]
         options = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in options)
