@@ -373,7 +373,7 @@ def test_packing_is_fast_and_holds_few_images_at_a_time(whole):
         image = Image.open(whole / "img_align_celeba" / f"{number:06d}.jpg").convert("RGB")
         image.resize((144, 144), Image.Resampling.BILINEAR)
         Image.open(whole / "labels" / f"{number:06d}.png").resize((144, 144), Image.Resampling.NEAREST)
-    assert packed - begun < 2.3 * (time.process_time() - packed), "seconds"
+    assert packed - begun < 3 * (time.process_time() - packed), "seconds"
     peaks = []
     for count in (500, 1000):
         source = CelebASource(whole, whole / "labels", 72, allow_subset=True)
