@@ -207,6 +207,16 @@ def _publish(partial: Path, path: Path, overwrite: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def _new_beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or directory, as `make` makes it, in a temporary directory beside a path."""
+    with contextlib.ExitStack() as stack:
+        with _mendable(path):
+            partial = stack.enter_context(temporary_beside(path)) / "new"
+            make(partial)
+        yield partial
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when the block ends well, and vanishes when it does not.
 
@@ -215,10 +225,7 @@ def atomic_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     Raises FaceVAEError when something stands in its way.
     """
     path = Path(path)
-    with contextlib.ExitStack() as stack:
-        with _mendable(path):
-            partial = stack.enter_context(temporary_beside(path)) / "new"
-            partial.touch()
+    with _new_beside(path, Path.touch) as partial:
         yield partial
         _settle(partial)
         with _mendable(path) if overwrite else contextlib.nullcontext():
@@ -284,10 +291,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         raise FaceVAEError(
             f"'{path}' already exists. Choose another --out, or pass --overwrite to replace it."
         )
-    with contextlib.ExitStack() as stack:
-        with _mendable(path):
-            partial = stack.enter_context(temporary_beside(path)) / "new"
-            partial.mkdir()
+    with _new_beside(path, Path.mkdir) as partial:
         yield partial
         _settle(partial)
         with _mendable(path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,26 @@ def let_manifest_agree(store, *names):
     digests = read_object(store / "manifest.json")["sha256"]
     digests |= {name: file_digest(store / name) for name in names}
     rewrite(store / "manifest.json", sha256=digests)
+
+
+def contents(folder):
+    """What the files below a folder hold, by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def peak_growth(function) -> int:
+    """Bytes by which the memory of this process grew at its highest while the function ran."""
+
+    def status(field):
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    except OSError:
+        pytest.skip("the peak of memory cannot be reset here")
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, facevae_here
+from conftest import ROOT, contents, facevae_here
 from PIL import Image
 
 from facevae.atomic_io import atomic_directory, atomic_file, file_lock, machine_id, write_text
@@ -243,10 +243,6 @@ def finished(store, shared):
         train_and_evaluate(store, folder / "sweep" / "H3" / "seed0")
 
     return shared("finished-sweep", make) / "sweep"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def replace_by_link(path: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from conftest import facevae_here, let_manifest_agree, rewrite
+from conftest import facevae_here, let_manifest_agree, peak_growth, rewrite
 from madeup import HYPOTHESES, make_sweep, write_run
 from PIL import Image
 from safetensors.torch import save_file
@@ -331,21 +331,6 @@ def test_settings_and_paths_are_no_code(things, tmp_path, monkeypatch):
 
 
 # Nothing claims more than there is
-
-
-def peak_growth(function) -> int:
-    """Bytes by which the memory of this process grew at its highest while the function ran."""
-
-    def status(field):
-        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-    except OSError:
-        pytest.skip("the peak of memory cannot be reset here")
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
 
 
 def sparse(path: Path, header: bytes, size: int) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, facevae_here, let_manifest_agree
+from conftest import TINY, contents, facevae_here, let_manifest_agree
 
 from facevae.analysis.claims import SweepAnalysis
 from facevae.analysis.figures import study_figures
@@ -77,10 +77,6 @@ def refused(function, *arguments, **options) -> str:
     with pytest.raises(FaceVAEError) as caught:
         function(*arguments, **options)
     return str(caught.value)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # The store

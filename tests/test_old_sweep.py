@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import facevae
+from conftest import contents, facevae
 
 ARCHIVE = Path(__file__).parent / "data" / "sweep_of_flat_library.tar.xz"
 SETTINGS = (
@@ -31,10 +31,6 @@ def unpacked(tmp_path_factory):
 def old(unpacked, tmp_path):
     """A directory with the store and a sweep: H5 is done, H6 was interrupted at step 60 of 300."""
     return Path(shutil.copytree(unpacked, tmp_path / "old"))
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_store_is_whole(old):

@@ -8,7 +8,7 @@ __all__ = ['MAX_LOG_BYTES', 'MAX_LOG_ROWS', 'MAX_LOG_TERMS', 'RUN_KEYS', 'STATUS
            'present_metrics', 'mean_over_images', 'mean_over_seeds', 'loss_key', 'mask_pairs', 'authors_results',
            'compare_with_authors']
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0002
 import contextlib
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from ..sweep.plan import read_sweep
 from ..training.files import damaged_results
 from ..training.run import read_state, status_fields
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0005
 MAX_LOG_BYTES, MAX_LOG_ROWS = 2**24, 500_000
 MAX_LOG_TERMS = 20  # of one line
 RUN_KEYS = ["hypothesis", "terms", "mask", "seed"]
@@ -92,7 +92,7 @@ def read_log(path: str | Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["kind", "step", "term", "raw", "weighted", "images_per_second"])
     return table.drop_duplicates(["kind", "step", "term"], keep="last").reset_index(drop=True)
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0009
 def _read_status(path: Path) -> dict:
     """state, error and progress of a run. Raises FaceVAEError when its status.json cannot be used."""
     try:
@@ -130,7 +130,7 @@ def _read_metrics(path: Path, requested: dict, damaged: dict[str, str]) -> tuple
         raise FaceVAEError(f"results cannot be used: {error}") from None
     return config, metrics
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0010
 STATUS_FIELDS = ("step", "steps", "seconds", "device", "versions")
 CONFIG_FIELDS = ("size", "batch_size")
 
@@ -171,7 +171,7 @@ def read_run(path: Path, requested: dict) -> tuple[dict, pd.DataFrame | None, pd
         run["images_per_second"] = pd.to_numeric(log.images_per_second).median()
     return run, metrics, log
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0012
 @dataclass(frozen=True)
 class Sweep:
     """A sweep as tables.
@@ -241,7 +241,7 @@ def load_sweep(path: str | Path) -> Sweep:
         notes=notes,
     )
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0019
 ERROR_METRICS = tuple(name for name in METRICS if name not in ("psnr", "mask_iou"))  # PSNR says what L2 says
 REPORT_VIEWS = ("face", "composite", "raw", "predicted")
 
@@ -263,7 +263,7 @@ def mean_over_images(metrics: pd.DataFrame) -> pd.DataFrame:
     means.insert(0, "images", groups.image.nunique())
     return means.reset_index()
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0023
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds, long: one row for each hypothesis, view and metric.
 
@@ -280,7 +280,7 @@ def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     long["place"] = long.groupby(["view", "metric"]).score.rank(ascending=False, method="min")
     return long.assign(best=long.place == 1)
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0027
 def loss_key(terms: str) -> str:
     """The terms in one order: "l1+ssim" and "ssim+l1" are the same loss."""
     return "+".join(sorted(part.strip() for part in terms.split("+")))
@@ -307,7 +307,7 @@ def mask_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     pairs = [pair[2:] for pair in sorted(pairs, key=lambda pair: pair[:2])]
     return pd.DataFrame(pairs, columns=["label", "terms", "without", "masked"], dtype=object)
 
-# %% ../../nbs/11_analysis/00_results.ipynb #c
+# %% ../../nbs/11_analysis/00_results.ipynb #c0031
 AUTHORS_METRICS = {
     "ssim": "one_minus_ssim",
     "ms_ssim": "one_minus_ms_ssim",

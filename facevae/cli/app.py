@@ -120,8 +120,8 @@ def cli_train(
     config = make_config(hypothesis, preset, seed, overrides).fit(store.size)
     spec = RunSpec(config, RunDirectory(out), overrides, data)
     if spec.done(store, accept_code):
-        if spec.damage:
-            raise FaceVAEError(spec.damage)
+        if damage := spec.damage:
+            raise FaceVAEError(damage)
         typer.echo(f"{out} is finished already.")
         return
     store.check(progress=True)

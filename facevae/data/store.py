@@ -9,9 +9,11 @@ __all__ = ['LABEL_COLOURS', 'REPACK', 'IMAGE_SIZES', 'SPLITS', 'STORE_FILES', 'R
 
 # %% ../../nbs/03_data/02_store.ipynb #c0002
 import colorsys
+import contextlib
 import hashlib
 import json
 import os
+import stat
 import time
 import warnings
 from functools import cached_property
@@ -137,9 +139,8 @@ def open_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
             f"'{path}' is {size:,} bytes long and should be {expected:,}: "
             f"it was cut short or changed. {REPACK}"
         )
-    with reading(
-        path, "cannot be mapped into memory", REPACK
-    ):  # a file full of holes may claim to be petabytes
+    # A file full of holes may claim to be petabytes.
+    with reading(path, "cannot be mapped into memory", REPACK):
         return np.memmap(path, np.uint8, "r", start, shape)
 
 # %% ../../nbs/03_data/02_store.ipynb #c0022
@@ -230,10 +231,12 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     path = Path(path)
     restore_directory(path)
-    with reading(path):
-        if not os.path.isdir(path):
-            what = f"'{path}' is a file, not a store" if _is_there(path) else f"There is no store at '{path}'"
-            raise FaceVAEError(f"{what}. Make one with: facevae pack synthetic --count 2000 --out STORE")
+    problem = f"There is no store at '{path}'"
+    with contextlib.suppress(MissingFile), reading(path):
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        problem = "" if is_directory else f"'{path}' is a file, not a store"
+    if problem:
+        raise FaceVAEError(f"{problem}. Make one with: facevae pack synthetic --count 2000 --out STORE")
     file = path / "manifest.json"
     try:
         if ".partial" in (path.suffix, path.absolute().parent.suffix):
@@ -256,15 +259,6 @@ def read_manifest(path: str | Path) -> Manifest:
     with reading(file, "cannot be used", REPACK):
         check_object(json.loads(data))
     return manifest
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a path leads to anything. Raises OSError when the system does not tell."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 # %% ../../nbs/03_data/02_store.ipynb #c0037
 class FaceStore:

@@ -8,7 +8,7 @@ __all__ = ['MAX_ENCODED_FACES', 'PRINCIPAL_COUNT', 'DIRECTIONS_FILE', 'MAX_DIREC
            'principal_directions', 'Directions', 'directions_from_latents', 'compute_directions', 'directions_table',
            'traverse', 'save_directions', 'read_directions', 'find_directions', 'find_direction']
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0002
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..data.store import FaceStore
 from ..model.tensors import read_tensors, save_tensors, tensor_shape, tensors_digest
 from ..model.vae import FaceVAE
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0004
 @dataclass(frozen=True)
 class EncodedFaces:
     """Posteriors of some faces.
@@ -87,7 +87,7 @@ def decode_latents(vae: FaceVAE, latents: Tensor, batch_size: int = 64) -> tuple
             masks.append(mask_logits.float().sigmoid().cpu())
     return torch.cat(recons), torch.cat(masks) if masks else None
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0009
 def sample_prior(latent_dim: int, count: int, seed: int = 0, temperature: float = 1.0) -> Tensor:
     """Latents (count, latent_dim) from the prior.
 
@@ -122,7 +122,7 @@ def sample_posterior(
     noise = torch.randn(count, len(centre), generator=rng).double()
     return centre + (noise @ torch.linalg.cholesky(covariance).T).float()
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0014
 def interpolate(
     start: Tensor, stop: Tensor, steps: int = 9, kind: Literal["linear", "spherical"] = "linear"
 ) -> Tensor:
@@ -145,7 +145,7 @@ def interpolate(
     arc = ((1 - t) * angle).sin() * a / length_a + (t * angle).sin() * b / length_b
     return (arc / angle.sin() * (length_a + t * (length_b - length_a))).float()
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0018
 @dataclass(frozen=True)
 class Direction:
     """A direction in the latent space.
@@ -188,7 +188,7 @@ def attribute_direction(
     ratio = (centred @ unit).square().sum() / centred.square().sum().clamp_min(1e-12)
     return Direction(name, vector, auc, float(ratio))
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0022
 def principal_directions(latents: Tensor, count: int = 10) -> list[Direction]:
     """Directions of largest variance, the largest first; a unit is one standard deviation.
 
@@ -207,7 +207,7 @@ def principal_directions(latents: Tensor, count: int = 10) -> list[Direction]:
         for number, (vector, ratio) in enumerate(zip(vectors[:count], ratios), start=1)
     ]
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0025
 MAX_ENCODED_FACES = 5000  # of each split
 PRINCIPAL_COUNT = 16  # principal directions
 
@@ -278,7 +278,7 @@ def traverse(latent: Tensor, direction: Direction, amounts: Tensor | list[float]
     """Latents (N, D): a face's latent (D,) moved along a direction by each of N amounts, in its units."""
     return latent + torch.as_tensor(amounts, dtype=latent.dtype)[:, None] * direction.vector
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0030
 DIRECTIONS_FILE = COMPANION_FILES[1]
 MAX_DIRECTIONS = 4096  # rows in a file
 
@@ -332,7 +332,7 @@ def read_directions(path: str | Path, vae: FaceVAE, store: FaceStore | None = No
     except (FaceVAEError, KeyError, TypeError, ValueError, IndexError):
         return None
 
-# %% ../../nbs/12_editing/02_latent_space.ipynb #c
+# %% ../../nbs/12_editing/02_latent_space.ipynb #c0032
 def find_directions(
     vae: FaceVAE, store: FaceStore | None = None, path: str | Path | None = None
 ) -> Directions:

@@ -95,7 +95,7 @@ def check_record(out: Path, record: dict) -> None:
                 f"it holds '{strangers[0]}' and no {PARSING_FILE}. Choose another --out."
             )
         return
-    before = read_object(out / PARSING_FILE, "Choose another --out.", max_bytes=2**20)
+    before = read_object(out / PARSING_FILE, "Choose another --out.")
     for key, option in FIXED_FIELDS.items():
         if before.get(key) != record[key]:
             raise FaceVAEError(

@@ -123,7 +123,7 @@ def load_segformer(
             f"The parser 'segformer' is read from one that holds {', '.join(SEGFORMER_FILES)}."
         )
     preparation = read_preprocessing(folder / "preprocessor_config.json")
-    read_object(folder / "config.json", max_bytes=2**20)
+    read_object(folder / "config.json")
     _, digest = read_weights(folder / "model.safetensors", SEGFORMER_SHA256, 4 * SEGFORMER_BYTES, any_weights)
     try:
         model = SegformerForSemanticSegmentation.from_pretrained(

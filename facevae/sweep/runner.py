@@ -320,9 +320,8 @@ def execute_run(
             return RunResult("gone", str(error))
         except LockLost as error:
             return RunResult("busy", str(error))
-        except (
-            FaceVAEError
-        ) as error:  # a file of the run is damaged, or cannot be read now: it stays as it is
+        except FaceVAEError as error:
+            # A file of the run is damaged, or cannot be read now: it stays as it is.
             return RunResult("interrupted" if isinstance(error, UnreadableFile) else "failed", str(error))
         except KeyboardInterrupt:
             if lock.held:

@@ -207,12 +207,13 @@ def run_sweep(
     """
     store, out = FaceStore(data), specs[0].run.path.parent.parent
     todo = [spec for spec in specs if not spec.done(store, accept_code)]
-    damaged = [spec for spec in specs if spec not in todo and spec.damage]
+    damaged = {spec.title: spec.damage for spec in specs if spec not in todo}
+    damaged = {title: damage for title, damage in damaged.items() if damage}
     failed = [spec for spec in todo if spec.initial_state == "failed" and not retry_failed]
     todo = [spec for spec in todo if spec not in failed]
     total = sum(spec.config.steps for spec in specs)
     bar = progress_bar(total, "sweep", "step", progress, done=total - sum(spec.config.steps for spec in todo))
-    titles = [spec.title for spec in failed + damaged]
+    titles = [*(spec.title for spec in failed), *damaged]
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
         for spec in failed:
@@ -220,8 +221,8 @@ def run_sweep(
             bar.write(
                 f"{spec.title}: failed before and is left alone: {error} Give --retry-failed to try it again."
             )
-        for spec in damaged:
-            bar.write(f"{spec.title}: {spec.damage}")
+        for title, damage in damaged.items():
+            bar.write(f"{title}: {damage}")
         if not todo:
             return titles
         if scheduler is None and scheduler_file is None:

@@ -159,9 +159,8 @@ class RunLock:
         if self._released.is_set():
             return
         self._released.set()
-        with contextlib.suppress(
-            OSError, FaceVAEError
-        ):  # on a full disk, that the system's lock is free must do
+        # On a full disk, that the system's lock is free must do.
+        with contextlib.suppress(OSError, FaceVAEError):
             self.check()
             self._write(**({"kernel": None} if self.inherited else {"ended": time.time()}))
         if self.file_lock:

@@ -97,7 +97,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     remedy = "If the run has the settings of your command, delete that file; else choose another --out."
     try:
-        return read_object(Path(path) / "config.json", remedy, max_bytes=2**20)
+        return read_object(Path(path) / "config.json", remedy)
     except MissingFile:
         return {}
 
@@ -108,7 +108,7 @@ def status_fields(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     path: the run directory.
     Raises FaceVAEError, as `reading` does, when the file is missing or not what was written.
     """
-    status = read_object(Path(path) / "status.json", "The same command writes it again.", max_bytes=2**20)
+    status = read_object(Path(path) / "status.json", "The same command writes it again.")
     problems = type_problems(status, STATUS_TYPES)
     fields = {key: value for key, value in status.items() if key not in problems}
     for key, value in fields.items():
