@@ -1988,6 +1988,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'facevae/training/source_code.py'),
                                               'facevae.training.source_code._imports_library': ( '09_training/source_code.html#_imports_library',
                                                                                                  'facevae/training/source_code.py'),
+                                              'facevae.training.source_code._statements': ( '09_training/source_code.html#_statements',
+                                                                                            'facevae/training/source_code.py'),
                                               'facevae.training.source_code.code_digest': ( '09_training/source_code.html#code_digest',
                                                                                             'facevae/training/source_code.py'),
                                               'facevae.training.source_code.code_modules': ( '09_training/source_code.html#code_modules',

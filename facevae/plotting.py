@@ -86,9 +86,9 @@ def _render(figure: Figure, kind: str, dpi: int) -> bytes:
     """The figure as the bytes of a file. kind: png or pdf."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(PLOT_STYLE):
-        if figure.get_layout_engine() is not None:  # laid out once, not once a file
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+        if figure.axes and figure.get_layout_engine() is not None:  # laid out once, not once a file
+            figure.get_layout_engine().execute(figure)
+            figure.set_layout_engine(None)  # with any engine, even "none", each file would be drawn twice
         metadata = {"CreationDate": None} if kind == "pdf" else None
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()

@@ -15,6 +15,9 @@ from unittest import mock
 import pytest
 from filelock import FileLock
 
+# Tests run two at a time, and so small that a second thread would mostly wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A shell that starts the tests in the background lets them, and every process they start, ignore Ctrl-C.

@@ -206,8 +206,9 @@ def _authors_errors() -> dict[tuple[str, bool, str], float]:
 
 def _authors_error(runs: pd.DataFrame, hypothesis: str, metric: str) -> float:
     """The authors' error of a hypothesis that trains the same; NaN when they have none."""
-    for row in runs[runs.hypothesis == hypothesis].itertuples():
-        return _authors_errors().get((loss_key(row.terms), bool(row.mask), metric), np.nan)
+    own = runs.loc[runs.hypothesis == hypothesis, ["terms", "mask"]]
+    for terms, mask in zip(own["terms"], own["mask"]):
+        return _authors_errors().get((loss_key(terms), bool(mask), metric), np.nan)
     return np.nan
 
 

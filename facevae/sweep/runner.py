@@ -211,6 +211,8 @@ def stop_notebook(process: subprocess.Popen) -> None:
 def _child() -> None:
     """What the process runs: the notebook, then its error, if any, as one line of JSON."""
     job = json.loads(sys.argv[-1])
+    # A grammar of web addresses, with which no notebook is checked, would be compiled for two seconds.
+    sys.modules["rfc3987_syntax"] = None
     guard_run()
     # A shell that starts a command in the background lets it, and all below it, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)

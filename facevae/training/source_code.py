@@ -8,6 +8,8 @@ __all__ = ['CODE_ROOTS', 'code_modules', 'code_digest']
 # %% ../../nbs/09_training/00_source_code.ipynb #c0002
 import ast
 import hashlib
+from collections import deque
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,10 +22,20 @@ def _imports_library(node: ast.AST) -> bool:
     return isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module.split(".")[0] == "facevae")
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """What ast.walk gives, without the expressions, which are most of it."""
+    waiting = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for part in ("body", "cases", "handlers", "orelse", "finalbody"):
+            waiting.extend(getattr(node, part, ()))
+
+
 def _imported_files(file: Path, tree: ast.Module) -> list[Path]:
     """Files of the library's modules that a module imports, in the order of its import statements."""
     files = []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if _imports_library(node):
             start = file.parents[node.level - 1] if node.level else Path(__file__).parents[2]
             folder = start.joinpath(*(node.module or "").split("."))
@@ -35,13 +47,13 @@ def _imported_files(file: Path, tree: ast.Module) -> list[Path]:
 def _content(text: str, tree: ast.Module) -> str:
     """A module's lines but for comments, docstrings, and what names modules: imports and `__all__`."""
     left_out = set()
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         body = getattr(node, "body", None)
         has_docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
             node
         )
         names_modules = _imports_library(node) or (
-            isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
         )
         for found in ([body[0]] if has_docstring else []) + ([node] if names_modules else []):
             left_out |= set(range(found.lineno, found.end_lineno + 1))
