@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import facevae
+from conftest import facevae_here
 from faults import (
     COMMAND,
     SETTINGS,
@@ -41,7 +41,7 @@ FAST_BEATS = {"FACEVAE_HEARTBEAT": "1"}
 
 
 # Its kernels train a network; the other tests of starting, watching and ending runs do with a stand-in.
-TRAINS = {"test_kernels_killed_at_random_steps"}
+TRAINS = "test_kernels_killed_at_random_steps[2]"
 
 
 def completed(store, out):
@@ -56,7 +56,7 @@ def undisturbed(store, shared):
 @pytest.fixture
 def same(request, store, shared, tally, monkeypatch):
     """Asserts that a sweep has completed and ended as the undisturbed one, and counts it."""
-    if request.node.name in TRAINS:
+    if request.node.name == TRAINS:
         expected = request.getfixturevalue("undisturbed")
     else:
         library = request.getfixturevalue("stand_in")
@@ -94,10 +94,12 @@ def parent_of(kernel: int) -> int:
     return parent.pid
 
 
-def test_kernels_killed_at_random_steps(store, tmp_path, same):
+@pytest.mark.parametrize("kills", [2, 5])
+def test_kernels_killed_at_random_steps(store, tmp_path, same, kills):
     out, generator, killed = tmp_path / "sweep", random.Random(0), []
     process = sweep_process(store, out, ",".join(HYPOTHESES))
-    planned = [(name, moment) for name in HYPOTHESES for moment in sorted(generator.sample(range(1, 37), 5))]
+    moments = {name: sorted(generator.sample(range(1, 37), kills)) for name in HYPOTHESES}
+    planned = [(name, moment) for name in HYPOTHESES for moment in moments[name]]
 
     def killer():
         while planned and process.poll() is None:
@@ -111,7 +113,7 @@ def test_kernels_killed_at_random_steps(store, tmp_path, same):
 
     threading.Thread(target=killer, daemon=True).start()
     output = finished(process)
-    assert len(killed) >= 10, f"only {len(killed)} kernels could be killed in time"
+    assert len(killed) == kills * len(HYPOTHESES), f"only {len(killed)} kernels could be killed in time"
     assert "FAILED []" in output and output.count("It is begun again from step") == len(killed)
     assert sum(len(locks_of(run_of(out, name))) for name in HYPOTHESES) == len(HYPOTHESES) + len(killed)
     same(out, faults=len(killed))
@@ -148,7 +150,7 @@ def test_the_whole_command_is_killed(store, tmp_path, same):
         faults += 1
         if moment == 30:
             assert not all_gone(family), "something outlived the command"
-            status = facevae("status", out).stdout
+            status = facevae_here("status", out).stdout
             # On a busy machine both may have ended their training before the command dies.
             assert ("lost" in status or "trained" in status) and "running" not in status, status
     finished(
@@ -209,7 +211,7 @@ def test_one_hypothesis_is_not_finite_and_one_notebook_raises(store, undisturbed
         and "Is a directory" in raised["error"]
         and "(Evaluation on the test faces)" in raised["cell"]
     )
-    shown = facevae("status", out).stdout
+    shown = facevae_here("status", out).stdout
     assert "1 done" in shown and "2 failed" in shown and raised["error"] in shown
 
     again = finished(sweep_process(store, out, "H3,H5,H9", settings))

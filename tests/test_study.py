@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import TINY, facevae, rewrite
+from conftest import TINY, facevae, facevae_here, rewrite
 from PIL import Image
 from test_report import assert_self_contained
 
@@ -82,7 +82,7 @@ def test_again_does_nothing_more_and_more_does_only_that(study, store, tmp_path)
 
 def test_other_settings_are_refused_by_name(study, store):
     command = ["ablate", "--data", store, "--out", study, "--hypotheses", "H5", *TINY, "--set", "steps=9"]
-    done = facevae(*command, check=False)
+    done = facevae_here(*command)
     assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
 
 
