@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 MODEL ?= model
-WORKERS ?= 2
+WORKERS ?= 3
 # Threads that spin for long while they wait for each other make a busy machine crawl.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
@@ -44,7 +44,8 @@ model: $(VENV)/installed
 	mkdir -p facevae/models/drawn-faces
 	install -m 644 $(MODEL)/run/model/* facevae/models/drawn-faces/
 
-# Two tests at a time: most wait for processes that they have started. WORKERS=0 runs one after the other.
+# Three tests at a time, each in one thread: most wait for processes that they have started. WORKERS=0 runs
+# one after the other.
 test: check notebooks-test
 	$(BIN)/pytest -q -n $(WORKERS) tests
 

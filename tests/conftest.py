@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from filelock import FileLock
 
-# Tests run two at a time, and so small that a second thread would mostly wait for the first.
+# Several tests run at a time, and so small that a second thread would mostly wait for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,8 @@ def pytest_addoption(parser):
 # Files whose tests need little together and much alone: each may run in any process. Those of another file
 # stay together, because they share what is made for them.
 SPREAD = {"test_command", "test_faults", "test_hostile", "test_readme", "test_resume", "test_tutorials"}
+# Of these, those that take long come first, so that no process works alone at the end.
+LONG = {"test_faults", "test_resume", "test_tutorials"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,6 +58,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))

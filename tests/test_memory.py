@@ -46,8 +46,10 @@ def test_processes_that_watch_over_a_run_read_no_tables(module):
     assert imported(f"import facevae.{module}", "torch", "pandas") == []
 
 
-def test_a_sweep_is_dispatched_and_watched_without_torch(store, tmp_path):
+def test_a_sweep_is_dispatched_and_watched_without_torch(store, stand_in, tmp_path, monkeypatch):
     out = tmp_path / "sweep"
+    monkeypatch.setenv("PYTHONPATH", str(stand_in))
+    monkeypatch.chdir(stand_in)  # python -c looks there first
     assert imported(command("ablate", "--help"), "torch", "pandas") == []
     ablate = command("ablate", "--data", store, "--out", out, "--hypotheses", "H9", *TINY)
     assert imported(ablate, "torch", "pandas", "distributed") == []

@@ -68,10 +68,11 @@ def test_results_and_report(study):
     assert_self_contained(study / "report.html")
 
 
-def test_again_does_nothing_more_and_more_does_only_that(study, store, tmp_path):
+def test_again_does_nothing_more_and_more_does_only_that(study, store, stand_in, tmp_path):
     sweep = Path(shutil.copytree(study, tmp_path / "study"))
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("*/*/metrics.parquet")}
-    facevae("ablate", "--data", store, "--out", sweep, "--hypotheses", "H5,H9,H7", "--seeds", "0", *TINY)
+    more = ["--hypotheses", "H5,H9,H7", "--seeds", "0"]
+    facevae("ablate", "--data", store, "--out", sweep, *more, *TINY, PYTHONPATH=str(stand_in))
     after = {path: path.stat().st_mtime_ns for path in sweep.glob("*/*/metrics.parquet")}
     assert {path: after[path] for path in before} == before
     assert [path.parts[-3] for path in after.keys() - before.keys()] == ["H7"]
@@ -86,17 +87,18 @@ def test_other_settings_are_refused_by_name(study, store):
     assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_failed_run_is_marked_and_the_rest_goes_on(store, tmp_path):
+def test_a_failed_run_is_marked_and_the_rest_goes_on(store, stand_in, tmp_path):
     out = tmp_path / "study"
     bad = tmp_path / "study" / "H7" / "seed0"
     bad.parent.mkdir(parents=True)
     bad.write_text("a file where the run directory should be")
-    done = facevae("ablate", "--data", store, "--out", out, "--hypotheses", "H7,H5", *TINY, check=False)
+    command = ["ablate", "--data", store, "--out", out, "--hypotheses", "H7,H5", *TINY]
+    done = facevae(*command, check=False, PYTHONPATH=str(stand_in))
     assert done.returncode == 1 and "H7 seed 0" in done.stderr and "Traceback" not in done.stderr
     assert json.loads((out / "H5" / "seed0" / "status.json").read_text())["state"] == "done"
     assert (out / "report.html").exists()
     bad.unlink()
-    facevae("ablate", "--data", store, "--out", out, "--hypotheses", "H7,H5", *TINY)
+    facevae(*command, PYTHONPATH=str(stand_in))
     assert json.loads((bad / "status.json").read_text())["state"] == "done"
 
 
