@@ -1,5 +1,6 @@
 """What `--dry-run` says of runs before they are begun, and how many runs share a machine."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,9 +13,10 @@ from facevae.config import make_config, parse_settings
 from facevae.model.vae import FaceVAE
 from facevae.safe_io import read_object
 from facevae.sweep.cluster import LocalWorkerPool
-from facevae.sweep.cost import measure
+from facevae.sweep.cost import measure, sweep_workers
 from facevae.sweep.plan import plan_sweep
 from facevae.sweep.scheduler import run_sweep
+from facevae.sweep.workers import GPUSharing
 
 SETTINGS = parse_settings(TINY[1::2])
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -106,3 +108,51 @@ def test_threads_do_not_spin_wherever_training_is_started_from():
     for own, expected in (({}, "PASSIVE 10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE 10000")):
         done = subprocess.run([sys.executable, "-c", code], env=plain | own, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
+
+
+def test_runs_that_share_a_gpu_find_mps_and_the_sweep_says_so(store, tmp_path, monkeypatch):
+    """The GPUs of the daemon are numbered from 0, whatever CUDA_VISIBLE_DEVICES was when it was started."""
+    environments, ended = [], []
+
+    class Pool(LocalWorkerPool):
+        def submit(self, worker, job):
+            environments.extend(self._environments.values())
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def share(count):
+        try:
+            yield GPUSharing({"CUDA_MPS_PIPE_DIRECTORY": "/private/pipe"}, f"The {count} share a GPU by MPS.")
+        finally:
+            ended.append(count)
+
+    monkeypatch.setattr("facevae.sweep.scheduler.LocalWorkerPool", Pool)
+    monkeypatch.setattr("facevae.sweep.scheduler.share_gpus", share)
+    monkeypatch.setattr("facevae.sweep.workers._count_gpus", lambda visible: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    specs = plan_sweep(store, tmp_path / "sweep", "H5,H6,H9", overrides=SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(specs, store, 3, progress=False)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["0"] * 3 and ended == [3]
+    assert {each["CUDA_MPS_PIPE_DIRECTORY"] for each in environments} == {"/private/pipe"}
+    saved = read_object(tmp_path / "sweep" / "sweep.json")["workers"]
+    assert saved == "3 workers of this machine. As many as --workers says. The 3 share a GPU by MPS."
+
+
+def test_auto_measures_a_run_only_when_a_gpu_may_be_shared(store, tmp_path, monkeypatch):
+    specs, measured = plan_sweep(store, tmp_path / "sweep", "H5,H6,H9", overrides=SETTINGS), []
+
+    def fake(config, data, environment):
+        measured.append(config.hypothesis)
+        return {"memory": 4 * 10**9, "free": [12 * 10**9]}
+
+    monkeypatch.setattr("facevae.sweep.cost.measure", fake)
+    monkeypatch.setattr("facevae.sweep.workers.cpu_count", lambda: 16)
+    monkeypatch.setattr("facevae.sweep.workers.shutil.which", lambda name: name)
+    assert sweep_workers(specs, store).count == 2 and not measured  # on a processor
+    for module in ("workers", "cost"):
+        monkeypatch.setattr(f"facevae.sweep.{module}.visible_gpus", lambda: ["0"])
+    assert sweep_workers(specs, store, 5).count == 5 and not measured
+    chosen = sweep_workers(specs, store)
+    assert chosen.count == 2 and measured == ["H9"]
+    assert chosen.why == "Chosen for 4.0 GB a run, 12.0 GB free on a GPU, 16 processor cores and 3 runs."

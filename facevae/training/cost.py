@@ -6,6 +6,7 @@
 __all__ = ['CONTEXT_BYTES', 'measure_run']
 
 # %% ../../nbs/09_training/07_cost.ipynb #c0002
+import itertools
 import json
 import resource
 import sys
@@ -38,21 +39,22 @@ def _now(device: torch.device) -> float:
 
 def _time_steps(trainer: Trainer) -> tuple[int, float]:
     """How many steps were timed, and seconds a step, once the first ones are done."""
-    done, first = 0, 6 if trainer.device.type == "cuda" else 1
-    for _ in range(first):
-        trainer.step(done)
-        done += 1
-    trainer.choose_source()  # as `train` does, once memory is known
-    count = 5
-    while True:
+    steps = itertools.count()
+
+    def take(count: int) -> float:
         begun = _now(trainer.device)
         for _ in range(count):
-            trainer.step(done)
-            done += 1
-        seconds = _now(trainer.device) - begun
-        if seconds > 0.5:
-            return count, seconds / count
+            trainer.step(next(steps))
+        return _now(trainer.device) - begun
+
+    first = 3 if trainer.device.type == "cuda" else 1
+    take(first)
+    trainer.choose_source()  # as `train` does, once memory is known
+    take(first - 1)  # the first ones of what was chosen
+    count = 5
+    while (seconds := take(count)) < 0.5:
         count *= 4
+    return count, seconds / count
 
 
 def _time_evaluation(trainer: Trainer, images: int) -> float:
