@@ -52,8 +52,10 @@ def _time_steps(trainer: Trainer) -> tuple[int, float]:
     trainer.choose_source()  # as `train` does, once memory is known
     take(first - 1)  # the first ones of what was chosen
     count = 5
-    while (seconds := take(count)) < 0.5:
+    seconds = take(count)
+    while seconds < 0.5:
         count *= 4
+        seconds = take(count)
     return count, seconds / count
 
 
