@@ -1,7 +1,15 @@
 """Train, compare and explore variational autoencoders of faces, with and without face masks."""
 
+import os
+
 from . import _moved  # noqa: F401  import paths of before
 from ._lazy import lazy_names
+
+# Threads that wait for each other spin for a fraction of a millisecond and then sleep: spinning for long, as
+# they do by default, makes two trainings on one machine slow each other tenfold. The thread library reads
+# this when torch is imported, and child processes inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 

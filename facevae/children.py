@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT_PREFIXES', 'KEPT_NAMES', 'LEFT_OUT_NAMES', 'MAX_TEMPORARY_BYTES', 'KERNEL_CODE', 'is_left_out',
-           'temporary_directory', 'child_environment', 'start_python', 'use_utf8', 'program_output',
+           'temporary_directory', 'child_environment', 'start_python', 'use_utf8', 'run_program',
            'private_surroundings', 'kernel_specs']
 
 # %% ../nbs/02_children.ipynb #c0002
@@ -96,12 +96,25 @@ def use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
-def program_output(*command: str) -> str:
-    """What a program prints to its standard output, stripped; "" when it cannot be started."""
-    options = {"capture_output": True, "text": True, "errors": "replace", "env": child_environment()}
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, **options).stdout.strip()
-    return ""
+def run_program(
+    *command: str, text: str = "", variables: dict[str, str] | None = None, seconds: float = 30
+) -> tuple[bool, str]:
+    """Whether a program succeeds, and what it prints, stripped.
+
+    text: for its standard input.
+    variables: environment variables for it, besides those of `child_environment`.
+    seconds: after which it is ended.
+    """
+    # Not to a pipe, which a daemon that the program starts would keep open.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        options = {"input": text, "text": True, "stdout": output, "stderr": subprocess.STDOUT}
+        try:
+            environment = child_environment(**(variables or {}))
+            done = subprocess.run(command, env=environment, timeout=seconds, **options)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return False, str(error)
+        output.seek(0)
+        return done.returncode == 0, output.read().strip()
 
 # %% ../nbs/02_children.ipynb #c0014
 @contextlib.contextmanager

@@ -84,6 +84,7 @@ def sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
     )
     facts["Speed"] = f"{speed:.0f} training images/s a run (median)" if pd.notna(speed) else ""
     facts["Trained on"] = _distinct(runs.device)
+    facts["At a time"] = str(manifest.get("workers") or "")
     versions = next((versions for versions in runs.versions if isinstance(versions, dict)), {})
     facts["Versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     facts["Report made with"] = f"facevae {__version__}, Python {platform.python_version()}"

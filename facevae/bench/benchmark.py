@@ -36,7 +36,7 @@ MEASUREMENTS = {
     "reference": "a training step of the plain loop: image files, Pillow, DataLoader, eager 32-bit floats",
     "step": "a training step of this library, in each precision that the hardware has, compiled on a GPU",
     "resident": "the same step on a fixed batch that lies on the device: no input",
-    "evaluation": "all metrics but LPIPS on all views, the model's forward pass included",
+    "evaluation": "all metrics on all views, the model's forward pass included",
     "packing": "a folder of JPEG images and PNG label maps of 178 x 218 pixels to a store",
     "drawing": "drawing faces",
     "opening": "opening a store of 200,000 images, and reading 100 random batches of it",

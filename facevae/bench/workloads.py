@@ -28,9 +28,9 @@ from ..config import RunConfig
 from ..core import file_digest
 from ..data.loader import Batches
 from ..data.store import RESIZE_METHOD, STORE_FILES, ArrayWriter, FaceStore, Manifest
-from ..metrics.tables import METRICS
+from ..metrics.image import load_lpips
 from ..model.vae import FaceVAE
-from ..training.evaluation import evaluate
+from ..training.evaluation import evaluate, evaluation_batch_size
 from ..training.hardware import choose_compile, choose_precision, has_bf16
 from ..training.trainer import Trainer
 
@@ -256,14 +256,14 @@ def plain_workload(recipe: Recipe, stack: contextlib.ExitStack) -> Workload:
 
 
 def evaluation_workload(recipe: Recipe) -> Workload:
-    """All metrics but LPIPS of at most 32 faces, the model's forward pass included."""
-    config, store = recipe.config, recipe.store
-    names, count = [name for name in METRICS if name != "lpips"], min(32, len(store.rows("train")))
-    vae = FaceVAE(config.model).to(recipe.device)
+    """Every metric of four batches of faces, or of all there are; the model's forward pass included."""
+    config, store, batch_size = recipe.config, recipe.store, evaluation_batch_size(recipe.device)
+    count, lpips = min(4 * batch_size, len(store.rows("train"))), load_lpips(recipe.device)
+    vae = FaceVAE(config.model).to(recipe.device, memory_format=torch.channels_last)
 
     def step(index: int) -> None:
-        options = dict(size=config.size, limit=count, batch_size=count, device=recipe.device)
-        evaluate(vae, Batches(store, "train", **options), names, lpips=None)
+        options = dict(size=config.size, limit=count, batch_size=batch_size, device=recipe.device)
+        evaluate(vae, Batches(store, "train", **options), lpips=lpips)
 
     return recipe.prepare("evaluation", lambda: Workload("evaluation", step, count, "evaluation", "fp32"))
 

@@ -60,7 +60,7 @@ def ms_ssim(pair, weight):
     As many of the five scales as fit, see `ms_ssim_scales`; negative factors count as 0, as is usual. The
     weight is smoothed by the window.
     """
-    scales = ms_ssim_scales(*pair.target.images.shape[-2:])
+    scales = ms_ssim_scales(*pair.pred.images.shape[-2:])
     exponents = [exponent / sum(MS_SSIM_WEIGHTS[:scales]) for exponent in MS_SSIM_WEIGHTS[:scales]]
     value = 1
     for scale, exponent in enumerate(exponents):
@@ -84,7 +84,7 @@ def vif(pair, weight):
     sewar and torchmetrics (on images times 255). NaN below 41 px and for a flat target. The weight is taken
     at window centres.
     """
-    images = pair.target.images
+    images = pair.pred.images
     if min(images.shape[-2:]) < VIF_MIN_SIZE:
         return images.new_full(images.shape[:1], math.nan)
     preserved = total = 0
@@ -224,9 +224,7 @@ def lpips_metric(network: torch.nn.Module) -> Callable:
         The weight is resized to each layer.
         """
         total = 0
-        features = zip(pair.pred.lpips_features(network), pair.target.lpips_features(network), network.lins)
-        for pred, target, layer in features:
-            distances = layer((pred - target).square())  # (B, 1, h, w)
+        for distances in pair.lpips_maps(network):  # (B, 1, h, w)
             resized = None if weight is None else F.interpolate(weight, distances.shape[-2:], mode="area")
             total = total + weighted_mean(distances, resized)
         return total

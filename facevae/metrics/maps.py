@@ -6,11 +6,12 @@
 __all__ = ['VIF_WINDOW_SIZES', 'METRIC_ARGUMENTS', 'srgb_to_lab', 'ciede2000', 'window_centres', 'weighted_mean',
            'vif_downsample', 'CachedImages', 'ImagePair', 'pool_views', 'metric']
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0003
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0002
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..core import FaceVAEError
 from .filters import SSIM_C1, SSIM_C2, SSIM_KERNEL, SSIM_WINDOW_SIZE, blur, gaussian_kernel
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0006
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0005
 # sRGB primaries (ITU-R BT.709) in CIE XYZ; rows are divided by their sums, which are the D65 white of sRGB
 _XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 
@@ -36,14 +37,14 @@ def srgb_to_lab(images: Tensor) -> Tensor:
     x, y, z = torch.where(ratios > (6 / 29) ** 3, roots, lines).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0009
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0008
 def ciede2000(first: Tensor, second: Tensor) -> Tensor:
     """CIEDE2000 difference of each pixel's colours (Sharma, Wu, Dalal 2005): 1 is just noticeable.
 
-    first, second: CIE L*a*b* (B, 3, H, W), from `srgb_to_lab`.
-    Returns (B, 1, H, W).
+    first, second: CIE L*a*b* (..., 3, H, W), from `srgb_to_lab`.
+    Returns (..., 1, H, W).
     """
-    (light_1, a_1, b_1), (light_2, a_2, b_2) = first.split(1, 1)[:3], second.split(1, 1)[:3]
+    (light_1, a_1, b_1), (light_2, a_2, b_2) = first.split(1, -3), second.split(1, -3)
 
     def saturation(chroma: Tensor) -> Tensor:
         power = chroma.square().square() * chroma.square() * chroma
@@ -70,7 +71,7 @@ def ciede2000(first: Tensor, second: Tensor) -> Tensor:
     square = delta_light.square() + delta_chroma.square() + delta_hue.square()
     return (square + rotation * delta_chroma * delta_hue).clamp(min=0).sqrt()
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0017
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0014
 def window_centres(weight: Tensor, window: int) -> Tensor:
     """The weights (B, 1, H, W) at the centres of whole windows: (B, 1, H - window + 1, W - window + 1)."""
     border = window // 2
@@ -83,7 +84,7 @@ def weighted_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
         return values.flatten(1).mean(1)
     return (values * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * values.shape[1])
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0020
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0017
 VIF_WINDOW_SIZES = (17, 9, 5, 3)  # pixels, a scale each; sigma is a fifth of the window
 _VIF_NOISE, _VIF_EPS = 2 / 255**2, 1e-10 / 255**2
 
@@ -104,13 +105,21 @@ def _moments(images: Tensor, taps: tuple[float, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _cached(method: Callable) -> Callable:
-    """A method whose result is computed once for each object and arguments, and kept in its `cache`."""
+    """A method whose result is computed once for each object and arguments, and kept in its `cache`.
+
+    For `rows` of another object, `whole`, they are taken from its results.
+    """
 
     @functools.wraps(method)
     def cached(self, *args):
         key = (method.__name__, *args)
         if key not in self.cache:
-            self.cache[key] = method(self, *args)
+            if self.whole is None:
+                self.cache[key] = method(self, *args)
+            else:
+                values = getattr(self.whole, method.__name__)(*args)
+                parts = [value[self.rows] for value in ([values] if isinstance(values, Tensor) else values)]
+                self.cache[key] = parts[0] if isinstance(values, Tensor) else parts
         return self.cache[key]
 
     return cached
@@ -120,10 +129,11 @@ class CachedImages:
     """A batch of images and what several metrics need of it, each computed once.
 
     images: float32 (B, 3, H, W) in [0, 1].
+    whole, rows: the images are those rows of other CachedImages.
     """
 
-    def __init__(self, images: Tensor):
-        self.images, self.cache = images, {}
+    def __init__(self, images: Tensor, whole: "CachedImages | None" = None, rows: slice | None = None):
+        self.images, self.whole, self.rows, self.cache = images, whole, rows, {}
 
     @_cached
     def downsampled(self, scale: int) -> Tensor:
@@ -159,48 +169,95 @@ class CachedImages:
         layers = network.net(network.scaling_layer(2 * self.images - 1))
         return [layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10) for layer in layers]
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0021
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0018
 class ImagePair:
-    """Predicted and original images, and the maps that compare them, each computed once."""
+    """Predicted and original images, and the maps that compare them, each computed once.
 
-    def __init__(self, pred: CachedImages, target: CachedImages):
-        self.pred, self.target, self.cache = pred, target, {}
+    pred: B images; or those of V views, one view after the other, V * B images.
+    originals: B images.
+    whole, rows: the pair is those rows of another one, a slice of whole views.
+    """
+
+    def __init__(
+        self,
+        pred: CachedImages,
+        originals: CachedImages,
+        whole: "ImagePair | None" = None,
+        rows: slice | None = None,
+    ):
+        self.pred, self.originals, self.whole, self.rows, self.cache = pred, originals, whole, rows, {}
+
+    @functools.cached_property
+    def target(self) -> CachedImages:
+        """The originals, one for each predicted image."""
+        views = len(self.pred.images) // len(self.originals.images)
+        return self.originals if views == 1 else CachedImages(self.originals.images.repeat(views, 1, 1, 1))
+
+    def part(self, rows: slice) -> "ImagePair":
+        """Some views: their maps are those of this pair."""
+        return ImagePair(CachedImages(self.pred.images[rows], self.pred, rows), self.originals, self, rows)
+
+    def _by_view(self, values: Tensor) -> Tensor:
+        """A map of the prediction with an axis for its views when there are several: (V, B, ...)."""
+        count = len(self.originals.images)
+        return values if len(values) == count else values.unflatten(0, (-1, count))
+
+    def _by_image(self, values: Tensor) -> Tensor:
+        """The same as (V * B, ...)."""
+        return values if values.ndim == self.pred.images.ndim else values.flatten(0, 1)
 
     @_cached
     def difference(self) -> Tensor:
         """Prediction minus original."""
-        return self.pred.images - self.target.images
+        return self._by_image(self._by_view(self.pred.images) - self.originals.images)
 
     @_cached
     def ssim_maps(self, scale: int) -> tuple[Tensor, Tensor]:
         """SSIM and its contrast-and-structure factor in each window, at an MS-SSIM scale."""
-        (mean_p, var_p), (mean_t, var_t) = self.pred.ssim_moments(scale), self.target.ssim_moments(scale)
+        mean_p, var_p, images = map(
+            self._by_view, (*self.pred.ssim_moments(scale), self.pred.downsampled(scale))
+        )
+        mean_t, var_t = self.originals.ssim_moments(scale)
         means = mean_p * mean_t
-        product = blur(self.pred.downsampled(scale) * self.target.downsampled(scale), SSIM_KERNEL)
+        product = blur(images * self.originals.downsampled(scale), SSIM_KERNEL)
         structure = (2 * (product - means) + SSIM_C2) / (var_p + var_t + SSIM_C2)
         luminance = (2 * means + SSIM_C1) / (mean_p.square() + mean_t.square() + SSIM_C1)
-        return luminance * structure, structure
+        return self._by_image(luminance * structure), self._by_image(structure)
 
     @_cached
     def vif_maps(self, scale: int) -> tuple[Tensor, Tensor]:
         """Information in each window of a VIF scale: preserved by the prediction, and of the original."""
-        (mean_p, var_p), (mean_t, var_t) = self.pred.vif_moments(scale), self.target.vif_moments(scale)
-        product = blur(self.pred.vif_images(scale) * self.target.vif_images(scale), _vif_kernel(scale))
+        mean_p, var_p, images = map(
+            self._by_view, (*self.pred.vif_moments(scale), self.pred.vif_images(scale))
+        )
+        mean_t, var_t = self.originals.vif_moments(scale)
+        product = blur(images * self.originals.vif_images(scale), _vif_kernel(scale))
         covariance = product - mean_p * mean_t
         var_t = torch.where(var_t < _VIF_EPS, 0, var_t)  # no information in a flat window
         gain = (covariance / (var_t + _VIF_EPS)).clamp(min=0)
         gain = torch.where(var_p < _VIF_EPS, 0, gain)
         noise = (var_p.clamp(min=0) - gain * covariance).clamp(min=_VIF_EPS)
-        return torch.log1p(gain.square() * var_t / (noise + _VIF_NOISE)), torch.log1p(var_t / _VIF_NOISE)
+        preserved = torch.log1p(gain.square() * var_t / (noise + _VIF_NOISE))
+        total = torch.log1p(var_t / _VIF_NOISE).expand_as(preserved)
+        return self._by_image(preserved), self._by_image(total)
 
     @_cached
     def delta_e_map(self) -> Tensor:
         """CIEDE2000 of each pixel."""
-        return ciede2000(self.pred.lab(), self.target.lab())
+        return self._by_image(ciede2000(self._by_view(self.pred.lab()), self.originals.lab()))
+
+    @_cached
+    def lpips_maps(self, network: torch.nn.Module) -> list[Tensor]:
+        """LPIPS's weighted distance of the features at each place, (B, 1, h, w), a map a layer."""
+        maps = []
+        features = zip(self.pred.lpips_features(network), self.originals.lpips_features(network))
+        for (pred, target), layer in zip(features, network.lins):
+            maps.append(layer(self._by_image((self._by_view(pred) - target).square())))
+        return maps
 
 # %% ../../nbs/07_metrics/01_maps.ipynb #c0026
 def _check_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raise FaceVAEError unless the tensors are images of one shape, in [0, 1], and a weight for them."""
+    """Raise FaceVAEError unless the tensors are images of one shape, and a weight for them."""
     for name, images in (("pred", pred), ("target", target)):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -212,11 +269,6 @@ def _check_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> None:
                 f"{name} has shape {tuple(images.shape)}; expected (B, 3, H, W) with H and W at "
                 f"least {SSIM_WINDOW_SIZE}. A single image needs [None] to become a batch."
             )
-        if images.numel() and bool((images.amax() > 1.001) | (images.amin() < -0.001)):
-            raise FaceVAEError(
-                f"{name} has values from {images.min():.4g} to {images.max():.4g}; expected [0, 1]. "
-                "Divide 8-bit images by 255, and clamp what is not from a sigmoid."
-            )
     if pred.shape != target.shape:
         raise FaceVAEError(
             f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}; "
@@ -227,6 +279,29 @@ def _check_images(pred: Tensor, target: Tensor, weight: Tensor | None) -> None:
         raise FaceVAEError(
             f"weight has shape {tuple(weight.shape)}; expected {expected}: one weight a pixel."
         )
+
+
+def _ranges(images: Iterable[Tensor]) -> Tensor:
+    """The least and the greatest value of each batch of images, (N, 2), without waiting for the device."""
+    return torch.stack([torch.stack(torch.aminmax(each.detach())).float() for each in images])
+
+
+def _check_ranges(names: Iterable[str], ranges: Tensor) -> None:
+    """Raise FaceVAEError unless images have values in [0, 1]. ranges: from `_ranges`; this waits for them."""
+    for name, (least, greatest) in zip(names, ranges.tolist()):
+        if greatest > 1.001 or least < -0.001:
+            raise FaceVAEError(
+                f"{name} has values from {least:.4g} to {greatest:.4g}; expected [0, 1]. "
+                "Divide 8-bit images by 255, and clamp what is not from a sigmoid."
+            )
+
+
+def _groups(target: Tensor, views: int) -> list[slice]:
+    """Rows that are judged together, for so many predictions of each original."""
+    # 18 images of 144 px and their maps fit a processor's cache; 512 and theirs take an accelerator 2 GB.
+    images = 18 if target.device.type == "cpu" else 512
+    group = max(1, images * 144**2 // (target.shape[-2] * target.shape[-1] * views))
+    return [slice(start, start + group) for start in range(0, len(target), group)]
 
 
 def pool_views(
@@ -242,23 +317,51 @@ def pool_views(
     """
     for pred, weight in views.values():
         _check_images(pred, target, weight)
-    # Six images of 144 px and their maps fit a processor's cache; 128 and theirs take an accelerator 1 GB.
-    group = (6 if target.device.type == "cpu" else 128) * 144**2 // (target.shape[-2] * target.shape[-1])
-    group = max(group, 1)
-    parts = {view: {name: [target.new_zeros(0, dtype=torch.float32)] for name in rules} for view in views}
+    ordered = sorted(views, key=lambda view: views[view][1] is not None)  # those without a weight first
+    preds = list({id(views[view][0]): views[view][0] for view in ordered}.values())
+    if not len(target):
+        return {view: dict.fromkeys(rules, target.new_zeros(0, dtype=torch.float32)) for view in views}
+    parts = {view: {name: [] for name in rules} for view in views}
+    ranges, groups = _ranges([*preds, target]), _groups(target, len(preds))
     with torch.autocast(target.device.type, enabled=False):
-        for start in range(0, len(target), group):
-            rows = slice(start, start + group)
-            originals, pairs = CachedImages(target[rows].float()), {}
-            for view, (pred, weight) in views.items():
-                if id(pred) not in pairs:
-                    pairs[id(pred)] = ImagePair(CachedImages(pred[rows].float()), originals)
-                weights = None if weight is None else weight[rows].float()
-                for name, rule in rules.items():
-                    parts[view][name].append(rule(pairs[id(pred)], weights))
-    return {view: {name: torch.cat(values) for name, values in row.items()} for view, row in parts.items()}
+        for rows in groups:
+            originals = CachedImages(target[rows].float().contiguous())
+            stack = torch.cat([pred[rows].float() for pred in preds]).contiguous()  # (V * B, 3, H, W)
+            pair, count = ImagePair(CachedImages(stack), originals), len(originals.images)
+            starts = {id(pred): index * count for index, pred in enumerate(preds)}
+            places = {view: starts[id(views[view][0])] for view in ordered}
+            weights = {
+                view: weight[rows].float() for view, (_, weight) in views.items() if weight is not None
+            }
+            _pool_group(rules, pair, places, weights, parts)
+    _check_ranges(["pred"] * len(preds) + ["target"], ranges)  # at last, as it waits for the device
+    join = torch.cat if len(groups) > 1 else itemgetter(0)
+    return {view: {name: join(values) for name, values in row.items()} for view, row in parts.items()}
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #d0011
+
+def _pool_group(
+    rules: Mapping[str, Callable],
+    pair: ImagePair,
+    places: Mapping[str, int],
+    weights: Mapping[str, Tensor],
+    parts: dict[str, dict[str, list[Tensor]]],
+) -> None:
+    """Pool the maps of a group: at once for all views without a weight, else view by view.
+
+    places: {view: its first row in the pair}, those without a weight first.
+    weights: {view: weight} of those that have one.
+    parts: {view: {metric: values}}, to which the group's are added.
+    """
+    count, plain = len(pair.originals.images), [view for view in places if view not in weights]
+    for together in [plain] * bool(plain) + [[view] for view in weights]:
+        rows = slice(min(places[view] for view in together), max(places[view] for view in together) + count)
+        part, weight = pair.part(rows), weights.get(together[0])
+        for name, rule in rules.items():
+            values = rule(part, weight)
+            for view in together:
+                parts[view][name].append(values[places[view] - rows.start :][:count])
+
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0027
 METRIC_ARGUMENTS = """
 pred, target: images (B, 3, H, W), sRGB values in [0, 1].
 weight: of each pixel, (B, 1, H, W) in [0, 1], or None for all alike.

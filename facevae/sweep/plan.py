@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_RUNS', 'SweepHypothesis', 'SweepFile', 'read_sweep', 'settings_text', 'RunSpec', 'select_runs', 'plan_sweep',
-           'run_report']
+           'record_workers', 'run_report']
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0002
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,7 @@ class SweepFile(BaseModel):
     size: int | None = None
     steps: int | None = None
     facevae_version: str | None = None
+    workers: str | None = None
 
     @model_validator(mode="after")
     def _each_run_once(self):
@@ -200,6 +202,7 @@ def plan_sweep(
     overrides: dict[str, Any] | None = None,
     only: str | None = None,
     accept_code: bool = False,
+    write: bool = True,
 ) -> list[RunSpec]:
     """The runs of a sweep, and its sweep.json, in which hypotheses and seeds of earlier calls are kept.
 
@@ -209,6 +212,7 @@ def plan_sweep(
     preset, overrides: as for `make_config`.
     only: a part of them, as `select_runs` reads it.
     accept_code: runs that other code of facevae made are part of it.
+    write: off gives the runs and writes nothing.
     Raises FaceVAEError when the store changed after it was packed, or the directory holds a sweep with other
     settings.
     """
@@ -216,16 +220,13 @@ def plan_sweep(
     store, out, overrides = FaceStore(data), Path(out), dict(overrides or {})
     store.check(progress=True)
     saved = _saved_sweep(out)
-    default = saved if only else {}
+    default, specs = saved if only else {}, []
     chosen = parse_hypotheses(hypotheses or [h["name"] for h in default.get("hypotheses", [])] or "all")
     seeds = list(seeds if seeds is not None else default.get("seeds") or [0])
-    specs = []
-    for seed in seeds:
-        for name in (hypothesis.name for hypothesis in chosen):
-            run = RunDirectory(path_inside(out, f"{name}/seed{seed}"))
-            config = make_config(name, preset, seed, overrides)
-            state = read_state(run.path)["state"]
-            specs.append(RunSpec(config.fit(store.size), run, overrides, store.path, state))
+    for seed, hypothesis in product(seeds, chosen):
+        run = RunDirectory(path_inside(out, f"{hypothesis.name}/seed{seed}"))
+        config = make_config(hypothesis.name, preset, seed, overrides).fit(store.size)
+        specs.append(RunSpec(config, run, overrides, store.path, read_state(run.path)["state"]))
     if not specs:
         raise FaceVAEError("There is nothing to run. Name at least one hypothesis and one seed.")
     fields = {
@@ -245,6 +246,8 @@ def plan_sweep(
     part = select_runs(specs, only) if only else specs
     for spec in part:
         spec.done(store, accept_code)
+    if not write:
+        return part
     _write_sweep(out, fields, chosen, seeds)
     for spec in specs:
         with contextlib.suppress(FaceVAEError, OSError):  # what is in the way is said when the run is begun
@@ -260,20 +263,34 @@ def _saved_sweep(out: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis], seeds: list[int]) -> None:
-    """Write sweep.json; hypotheses and seeds are added to those that it has."""
+@contextlib.contextmanager
+def _sweep_file(out: Path) -> Iterator[dict[str, Any]]:
+    """What sweep.json holds, to be changed; one process at a time, and written at the end."""
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         lock = file_lock(out / ".lock")
         with contextlib.suppress(OSError):  # a file system without locks
             stack.enter_context(lock)
         saved = _saved_sweep(out)
-        by_name = {h["name"]: h for h in saved.get("hypotheses", [])} | {
-            h.name: asdict(h) for h in hypotheses
-        }
-        fields["hypotheses"] = list(by_name.values())
-        fields["seeds"] = sorted({*saved.get("seeds", []), *seeds})
-        write_object(out / "sweep.json", fields)
+        yield saved
+        write_object(out / "sweep.json", saved)
+
+
+def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis], seeds: list[int]) -> None:
+    """Write sweep.json; hypotheses and seeds are added to those that it has."""
+    with _sweep_file(out) as saved:
+        by_name = {h["name"]: h for h in saved.get("hypotheses", [])}
+        by_name |= {h.name: asdict(h) for h in hypotheses}
+        all_seeds = sorted({*saved.get("seeds", []), *seeds})
+        kept = {name: saved[name] for name in ("workers",) if name in saved}
+        saved.clear()
+        saved.update(fields | {"hypotheses": list(by_name.values()), "seeds": all_seeds} | kept)
+
+
+def record_workers(out: str | Path, text: str) -> None:
+    """Put down in sweep.json how many runs went at a time, why, and how they shared GPUs."""
+    with _sweep_file(Path(out)) as saved:
+        saved["workers"] = text
 
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0021
 def run_report(sweep: str | Path) -> Path:

@@ -17,14 +17,11 @@ from types import MappingProxyType
 from ..atomic_io import check_guards, guarded_directory
 from ..core import FaceVAEError, UnreadableFile, progress_bar
 from ..data.store import FaceStore
-from facevae.sweep.cluster import (
-    ClusterWorkerPool,
-    LocalWorkerPool,
-    default_workers,
-    existing_cluster,
-)
-from .plan import RunSpec
+from .cluster import ClusterWorkerPool, LocalWorkerPool, existing_cluster
+from .cost import sweep_workers
+from .plan import RunSpec, record_workers
 from .runner import RunResult
+from .workers import share_gpus
 from ..training.lock import acquire, is_locked
 from ..training.run import read_state, write_status
 
@@ -181,6 +178,17 @@ class Scheduler:
         queued.shown = max(queued.shown, step)
 
 # %% ../../nbs/10_sweep/04_scheduler.ipynb #c0010
+def _local_pool(
+    specs: list[RunSpec], data: str | Path, workers: int | None, stack: contextlib.ExitStack
+) -> LocalWorkerPool:
+    """Workers of this machine for some runs, and what they share, until the stack is closed."""
+    parts, why = sweep_workers(specs, data, workers)
+    count = min(parts, len(specs))
+    sharing = stack.enter_context(share_gpus(count))
+    pool = LocalWorkerPool(count, parts, sharing.variables, f"{why} {sharing.about}".strip())
+    return stack.enter_context(pool)
+
+
 def run_sweep(
     specs: list[RunSpec],
     data: str | Path,
@@ -197,7 +205,7 @@ def run_sweep(
 
     specs: from `plan_sweep`.
     data: the store.
-    workers: how many runs at a time (default: default_workers(); on a cluster one a worker).
+    workers: how many runs at a time (default: what this machine does best; on a cluster one a worker).
     progress: show a progress bar.
     scheduler, scheduler_file, tls: a Dask cluster to use instead of this machine, and its certificates.
     retry_failed: try those again that failed before.
@@ -226,14 +234,15 @@ def run_sweep(
         if not todo:
             return titles
         if scheduler is None and scheduler_file is None:
-            parts = workers or default_workers()
-            pool = stack.enter_context(LocalWorkerPool(min(parts, len(todo)), parts))
+            pool = _local_pool(todo, data, workers, stack)
         else:
             client = stack.enter_context(existing_cluster(scheduler, scheduler_file, tls))
             pool = stack.enter_context(ClusterWorkerPool(client, data, out))
             pool.wait_until_ready(bar.write)
         bar.write(str(pool))
         stack.enter_context(guarded_directory(out, "sweep.json"))
+        if isinstance(pool, LocalWorkerPool):
+            record_workers(out, str(pool))
         queue = Scheduler(todo, pool, bar, workers, accept_code)
         queue.run()
     return titles + list(queue.errors)
