@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from graph_stand_in import Replay
 from safetensors.torch import load_file
 
+from facevae.bench.workloads import LibraryStep, Recipe, result_row
 from facevae.config import make_config
 from facevae.core import FaceVAEError
 from facevae.data.store import FaceStore
@@ -226,6 +227,17 @@ def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so(store, monkeyp
     fields = trainer.mode.fields()
     assert (fields["step_mode"], fields["step_asked"]) == ("eager", "compiled")
     assert "division by zero" in fields["step_reason"]
+
+
+def test_a_benchmark_row_says_what_ran_and_what_was_asked_for(store, monkeypatch):
+    monkeypatch.setattr(trainer_module, "compile_function", broken)
+    config = make_config("H9", "quick", overrides=SMALL)
+    recipe = Recipe("quick", config, store, FaceStore(store), torch.device("cpu"))
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        workload = LibraryStep(recipe, "fp32", COMPILED).workload
+    row = result_row("quick", config, workload, [0.1])
+    assert (row["step_mode"], row["step_asked"]) == ("eager", "compiled")
+    assert "division by zero" in row["step_reason"] and "compiled" not in row
 
 
 def test_what_was_asked_for_and_fails_is_an_error(store, monkeypatch, tmp_path):

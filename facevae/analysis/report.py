@@ -84,6 +84,10 @@ def sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
     )
     facts["Speed"] = f"{speed:.0f} training images/s a run (median)" if pd.notna(speed) else ""
     facts["Trained on"] = _distinct(runs.device)
+    facts["Steps run as"] = _distinct(
+        run.step_mode if run.step_mode == run.step_asked else f"{run.step_mode} ({run.step_reason})"
+        for run in runs[runs.step_mode.notna()].itertuples()
+    )
     versions = next((versions for versions in runs.versions if isinstance(versions, dict)), {})
     facts["Versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     facts["Report made with"] = f"facevae {__version__}, Python {platform.python_version()}"
@@ -112,7 +116,7 @@ def reproduction_commands(sweep: Sweep) -> str:
     # Pasted control characters can end the paste and press Enter.
     return "\n".join(map(printable, lines))
 
-# %% ../../nbs/11_analysis/06_report.ipynb #c0009
+# %% ../../nbs/11_analysis/06_report.ipynb #c0011
 def _missing_runs(runs: pd.DataFrame) -> dict | None:
     """The runs without a result, and why; None when every run is done."""
     missing = runs[runs.state != "done"]
@@ -149,7 +153,7 @@ def _notes(sweep: Sweep) -> list[tuple[str, str]]:
         notes.append(("", text + "the paired differences use the images they share."))
     return notes
 
-# %% ../../nbs/11_analysis/06_report.ipynb #c0011
+# %% ../../nbs/11_analysis/06_report.ipynb #c0013
 # What no page needs, and a copied line must not hold.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -215,7 +219,7 @@ def render_markdown(
     page = template.render(_content(analysis, figures), markup="markdown.jinja", folder=Markup(folder))
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
-# %% ../../nbs/11_analysis/06_report.ipynb #c0015
+# %% ../../nbs/11_analysis/06_report.ipynb #c0017
 def write_report(analysis: SweepAnalysis, figures: dict[str, ReportFigure]) -> Path:
     """Write SWEEP/report.html; returns its path."""
     return write_text(analysis.sweep.path / "report.html", render_html(analysis, figures))

@@ -290,7 +290,7 @@ def format_benchmark(table: pd.DataFrame) -> str:
         lines.append(f"Not measured, needs a GPU: {', '.join(attrs['needs_gpu'])}.")
     return "\n".join(lines)
 
-# %% ../../nbs/14_bench/04_benchmark.ipynb #c0017
+# %% ../../nbs/14_bench/04_benchmark.ipynb #c0019
 BAR_COLORS = {"reference": "#8c8c8c", "step": "#00558c", "resident": "#56b4e9"}
 BAR_NAMES = {"reference": "plain loop", "step": "facevae", "resident": "without input"}
 
