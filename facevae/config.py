@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_TERMS', 'LOSS_WEIGHTS', 'HYPOTHESES', 'PRESETS', 'parse_terms', 'ModelConfig', 'Hypothesis', 'parse_hypothesis',
            'parse_hypotheses', 'RunConfig', 'make_config', 'parse_settings', 'format_settings', 'check_parameters']
 
-# %% ../nbs/06_config.ipynb #c0003
+# %% ../nbs/06_config.ipynb #c0002
 import json
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def parse_terms(terms: str) -> tuple[str, ...]:
         )
     return tuple(name for name in IMAGE_TERMS if name in names)
 
-# %% ../nbs/06_config.ipynb #c0011
+# %% ../nbs/06_config.ipynb #c0010
 class ModelConfig(BaseModel):
     """Which network: saved as config.json beside the weights.
 
@@ -62,7 +62,7 @@ class ModelConfig(BaseModel):
     mask_decoder: bool = True
     sampling: Literal["gaussian", "original"] = "gaussian"
 
-# %% ../nbs/06_config.ipynb #c0016
+# %% ../nbs/06_config.ipynb #c0014
 @dataclass(frozen=True)
 class Hypothesis:
     """An objective.
@@ -144,6 +144,7 @@ class RunConfig(BaseModel):
     norm_momentum: batch norm's, the weight of a new batch in the running statistics.
     precision: of the network's arithmetic, "auto" for bf16 where the hardware has it; losses are always fp32.
     compile: the step, "auto" for long runs on a GPU.
+    graph: capture the step as one CUDA graph, "auto" on a GPU.
     feed: where images come from, "auto" for a copy of the store on the GPU when it fits.
     validate_every, checkpoint_every, log_every: intervals in steps.
     val_images, test_images: use at most so many, 0 for all.
@@ -174,6 +175,7 @@ class RunConfig(BaseModel):
     norm_momentum: float = Field(0.01, gt=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    graph: Literal["auto", "on", "off"] = "auto"
     feed: Literal["auto", "resident", "streamed"] = "auto"
     validate_every: int = Field(4000, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
@@ -274,7 +276,7 @@ def make_config(
         )
         raise FaceVAEError(f"The settings do not fit: {problems}.") from None
 
-# %% ../nbs/06_config.ipynb #d0012
+# %% ../nbs/06_config.ipynb #c0034
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Overrides from "key=value" texts, as the command line takes them; "weights.l2=50" sets one weight.
 
@@ -310,7 +312,7 @@ def format_settings(config: RunConfig) -> list[str]:
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()
     ]
 
-# %% ../nbs/06_config.ipynb #c0029
+# %% ../nbs/06_config.ipynb #c0038
 def check_parameters(variables: dict[str, Any], known: list[str]) -> None:
     """Refuse a parameter that a notebook does not have.
 

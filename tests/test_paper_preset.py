@@ -17,7 +17,9 @@ from facevae.data.images import read_image
 from facevae.data.loader import face_mask
 from facevae.data.store import FaceStore
 from facevae.model.vae import FaceVAE
-from facevae.training.trainer import Trainer, clip_each_gradient, learning_rate, train
+from facevae.training.optimizer import ClippedAdam
+from facevae.training.step import learning_rate
+from facevae.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,11 @@ def test_budget():
 
 
 def test_optimiser(trainer):
-    optimizer = trainer.optimizer.optimizer
-    assert type(optimizer) is torch.optim.Adam
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.clip_norm == 1e-3
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == (
-        1e-4,
+    assert (group["lr"].item(), group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == (
+        pytest.approx(1e-4),
         (0.9, 0.999),
         1e-7,
         0,
@@ -53,16 +55,22 @@ def test_optimiser(trainer):
 
 
 def test_every_variable_is_clipped_by_itself(trainer):
-    raw, _ = trainer.step(0)
-    norms = [parameter.grad.norm().item() for parameter in trainer.model.parameters()]
+    trainer.step(0)
+    norms = [
+        gradient.norm().item()
+        for gradient, parameter in zip(trainer.optimizer.gradients(), trainer.vae.parameters())
+        if parameter.requires_grad
+    ]
     assert max(norms) <= 1e-3 * (1 + 1e-5)
     assert sum(norm > 0.99e-3 for norm in norms) > len(norms) / 2, (
         "clipping as a whole would leave most far below"
     )
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1e-4])
-    clip_each_gradient([a, b], 1e-3)
-    assert torch.allclose(a.grad, torch.tensor([6e-4, 8e-4])) and b.grad.tolist() == pytest.approx([0, 1e-4])
+    optimizer = ClippedAdam([a, b], 1e-4, 1e-7, clip_norm=1e-3)
+    optimizer.step()
+    first, second = optimizer.gradients()
+    assert torch.allclose(first, torch.tensor([6e-4, 8e-4])) and second.tolist() == pytest.approx([0, 1e-4])
 
 
 def test_batch_normalisation_constants(trainer):

@@ -26,7 +26,7 @@ from ..config import ModelConfig, RunConfig
 from ..data.labels import FACE_PARTS, LABEL_CLASSES
 from ..synthetic.render import draw_faces
 from ..system import cpu_count
-from ..training.trainer import learning_rate
+from ..training.step import learning_rate
 
 # %% ../../nbs/14_bench/01_baseline.ipynb #c0004
 def write_image_folder(folder: str | Path, count: int, seed: int = 0) -> Path:

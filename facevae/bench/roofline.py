@@ -31,7 +31,8 @@ from ..model.losses import loss_terms, weight_terms
 from ..model.vae import FaceVAE, FaceVAEOutput
 from ..plotting import new_figure, styled
 from ..training.hardware import has_bf16
-from ..training.trainer import Trainer, step_noise
+from ..training.step import step_noise
+from ..training.trainer import Trainer
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0004
 LAYER_PASSES = ("forward", "backward by input", "backward by weight")

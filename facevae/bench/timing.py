@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -138,7 +138,8 @@ class Workload:
     name: unique among the workloads that are compared.
     step: does one step, given its number.
     images: images that one step processes.
-    measurement, precision, compiled: what the result's row says of it.
+    measurement, precision: what the result's row says of it.
+    mode: how it is run, as status.json has it: step_mode, step_asked, step_reason.
     pause, resume: stop and go on with what works in the background.
     steps_done: number of the next step.
     first_seconds: seconds of the first step, with everything that it builds.
@@ -150,7 +151,7 @@ class Workload:
     images: int
     measurement: str = ""
     precision: str = ""
-    compiled: bool = False
+    mode: dict[str, str] = field(default_factory=dict)
     pause: Callable[[], None] = _no_action
     resume: Callable[[], None] = _no_action
     steps_done: int = 0

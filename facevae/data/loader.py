@@ -42,7 +42,7 @@ def face_mask(
     return mask if soft else (mask > 0.5).float()
 
 
-@functools.lru_cache(16)
+@functools.cache  # for good: a captured step reads them
 def _mask_constants(parts: tuple[str, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of 256 label values count as face, and the 3 x 3 tent; kept, to spare each batch a copy."""
     with torch.inference_mode(False):  # what is kept may be used in training later
@@ -68,7 +68,7 @@ class DiskReader:
     device: where batches are used.
     """
 
-    name = "streamed"
+    name, parts = "streamed", 2  # tensors that `read` gives
 
     def __init__(self, store: FaceStore, device: torch.device):
         self.store, self.device = store, device
@@ -78,9 +78,9 @@ class DiskReader:
         arrays = self.store.images, self.store.labels
         return tuple(pin(torch.from_numpy(array[rows]), self.device) for array in arrays)
 
-    def to_device(self, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What `read` gave, on the device."""
-        return tuple(values.to(self.device, non_blocking=True) for values in data)
+    def select(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels from what `read` gave, once that is on the device."""
+        return images, labels
 
 
 class DeviceCache:
@@ -91,7 +91,7 @@ class DeviceCache:
     chunk: rows that are copied at a time.
     """
 
-    name = "resident"
+    name, parts = "resident", 1
 
     def __init__(self, store: FaceStore, device: torch.device, chunk: int = 4096):
         self.device, self.arrays = device, []
@@ -102,13 +102,12 @@ class DeviceCache:
                 copy[start : start + chunk].copy_(torch.from_numpy(np.array(source[start : start + chunk])))
             self.arrays.append(copy)
 
-    def read(self, rows: np.ndarray) -> Tensor:
+    def read(self, rows: np.ndarray) -> tuple[Tensor]:
         """The row numbers, ready to be sent."""
-        return pin(torch.from_numpy(np.asarray(rows, dtype=np.int64)), self.device)
+        return (pin(torch.from_numpy(np.asarray(rows, dtype=np.int64)), self.device),)
 
-    def to_device(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, S, S, 3) and labels uint8 (B, S, S) of the rows."""
-        rows = data.to(self.device, non_blocking=True)
+    def select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 (B, S, S, 3) and labels uint8 (B, S, S) of the rows, which are on the device."""
         return tuple(values.index_select(0, rows) for values in self.arrays)
 
 # %% ../../nbs/03_data/07_loader.ipynb #c0012
@@ -288,23 +287,31 @@ class Batches:
         self.turns.clear()
         self.source = source
 
-    def prepare(self, rows: np.ndarray, data: Any, mirrored: torch.Tensor | None = None) -> Batch:
-        """The batch of some rows.
+    def assemble(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and masks as `Batch` has them, from tensors on the device alone.
 
-        rows: their numbers in the store.
-        data: what the batch source has read of them.
-        mirrored: which of them to flip left to right, bool (B,).
+        parts: what the batch source has read, and perhaps which images to mirror, bool (B,).
         """
-        images, labels = self.source.to_device(data)  # uint8 (B, S, S, 3) and (B, S, S)
+        data, mirrored = parts[: self.source.parts], parts[self.source.parts :]
+        images, labels = self.source.select(*data)  # uint8 (B, S, S, 3) and (B, S, S)
         images = images.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, S, S), a channels-last view
         if self.size != self.store.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
             images.clamp_(0, 1)
         mask = face_mask(labels, self.size, self.parts)  # (B, 1, size, size)
-        if mirrored is not None:
-            flip = to_device(mirrored.view(-1, 1, 1, 1), self.device)
+        if mirrored:
+            flip = mirrored[0].view(-1, 1, 1, 1)
             images, mask = torch.where(flip, images.flip(3), images), torch.where(flip, mask.flip(3), mask)
-        return Batch(list(self.names[rows]), images.contiguous(memory_format=torch.channels_last), mask)
+        return images.contiguous(memory_format=torch.channels_last), mask
+
+    def prepare(self, rows: np.ndarray, parts: tuple[Tensor, ...]) -> Batch:
+        """The batch of some rows.
+
+        rows: their numbers in the store.
+        parts: as for `assemble`, in the processor's memory.
+        """
+        parts = (to_device(part, self.device) for part in parts)
+        return Batch(list(self.names[rows]), *self.assemble(*parts))
 
     def load(self, rows: np.ndarray) -> Batch:
         """The given rows of the store, not mirrored."""
@@ -314,17 +321,22 @@ class Batches:
         """What the processor has to do for training batch `step`: choose, read, draw the flips."""
         start = step * self.batch_size
         positions = sample_order(len(self.rows), self.seed, start + self.part.start, start + self.part.stop)
-        rows, mirrored = self.rows[positions], None
+        rows = self.rows[positions]
+        parts = self.source.read(rows)
         if self.flip:
             chances = np.random.default_rng([self.seed, step, 1]).random(self.batch_size)
-            mirrored = torch.from_numpy(chances[self.part] < 0.5)
-        return rows, self.source.read(rows), mirrored
+            parts += (pin(torch.from_numpy(chances[self.part] < 0.5), self.device),)
+        return rows, parts
 
     def _read_turn(self, turn: int) -> tuple:
         """The same for this process' batch number `turn` of a pass over the split; nothing beyond its end."""
         index = self.shard[0] + turn * self.shard[1]
         rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
         return rows, self.source.read(rows) if len(rows) else None
+
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
+        """What `assemble` makes training batch number `step` of, still in the processor's memory."""
+        return self.steps(step)[1]
 
     def at(self, step: int) -> Batch:
         """Training batch number `step`, from 0: always `batch_size` images, or this process' part of them."""

@@ -34,13 +34,11 @@ def blur(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
     taps: what `gaussian_kernel` gives.
     Returns (..., H', W'), where H' is (H - len(taps)) // stride + 1.
     """
-    method = blur_by_products if images.device.type == "cuda" and _products_are_exact() else blur_by_shifts
-    return method(images, taps, stride)
-
-
-@torch.compiler.assume_constant_result  # a compiled step may not ask
-def _products_are_exact() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+    # Compiled, the shifts are fused into few kernels, and matrices that the library keeps would be refused.
+    products = not torch.compiler.is_compiling() and images.device.type == "cuda"
+    if products and torch.get_float32_matmul_precision() == "highest":
+        return blur_by_products(images, taps, stride)
+    return blur_by_shifts(images, taps, stride)
 
 
 def blur_by_shifts(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
@@ -57,9 +55,7 @@ def blur_by_shifts(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> 
 
 
 def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -> Tensor:
-    """`blur` as a product with a banded matrix on either side; compiled, as shifts, which are fused."""
-    if torch.compiler.is_compiling():  # which would build the matrices anew at each step
-        return blur_by_shifts(images, taps, stride)
+    """`blur` as a product with a banded matrix on either side."""
     with torch.autocast(images.device.type, enabled=False):
         rows, columns = (
             _band(images.shape[axis], taps, stride, images.dtype, images.device) for axis in (-2, -1)
@@ -67,7 +63,7 @@ def blur_by_products(images: Tensor, taps: tuple[float, ...], stride: int = 1) -
         return rows @ (images @ columns.T)
 
 
-@functools.lru_cache(64)
+@functools.cache  # for good: a captured step reads them
 def _band(
     side: int, taps: tuple[float, ...], stride: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

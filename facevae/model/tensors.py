@@ -37,12 +37,13 @@ def save_tensors(
 ) -> None:
     """Write tensors and facts to a safetensors file, atomically, with a digest of both.
 
-    tensors: of any device and memory layout.
+    tensors: of any device and memory layout; they may share memory.
     facts: JSON values by name.
 
     Raises OSError or SafetensorError when the disk is full, FaceVAEError when something is in the way.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {"device": "cpu", "memory_format": torch.contiguous_format, "copy": True}
+    tensors = {name: tensor.detach().to(**plain) for name, tensor in tensors.items()}
     text = json.dumps(dict(facts or {}))
     entry = json.dumps({"facts": text, "sha256": tensors_digest(tensors, text)})
     with atomic_file(path) as partial:

@@ -126,6 +126,14 @@ class FaceVAE(nn.Module, Pretrained):
         self.mask_decoder = _decoder(config, MASK_DECODER_CHANNELS, 1) if config.mask_decoder else None
         self.apply(_keras_init)
 
+    def channels_last(self) -> "FaceVAE":
+        """Lay out weights as convolutions want them: channels last, but the first of each decoder; itself."""
+        self.to(memory_format=torch.channels_last)
+        for decoder in filter(None, (self.image_decoder, self.mask_decoder)):
+            weight = decoder[0][0].weight
+            weight.data = weight.data.contiguous()
+        return self
+
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation, each (B, latent_dim), for images (B, 3, H, W) in [0, 1].
 
@@ -181,7 +189,7 @@ def _keras_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
-# %% ../../nbs/08_model/04_vae.ipynb #c0035
+# %% ../../nbs/08_model/04_vae.ipynb #c0037
 def paste_background(images: torch.Tensor, recon: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The reconstruction where the mask is 1, the original where it is 0; (B, 3, H, W).
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/10_sweep/02_status.ipynb #c0004
 STATUS_COLUMNS = (
     *("hypothesis", "seed", "state", "step", "steps", "loss", "images_per_second", "seconds_left"),
-    *("host", "pid", "heartbeat", "seconds", "cell", "error"),
+    *("host", "pid", "heartbeat", "seconds", "cell", "error", "step_mode", "step_asked", "step_reason"),
 )
 ENDED_STATES = ("done", "failed")
 
@@ -46,7 +46,7 @@ def sweep_status(path: str | Path) -> "pandas.DataFrame":
     Returns the columns hypothesis, seed; state (see `facevae.training.run`, or unusable); step of steps; loss
     of the last logged step; images_per_second; seconds_left of training; host and pid; heartbeat (seconds
     since whoever works on it was last heard of); seconds spent on it; error, and cell (the notebook's) that
-    raised it.
+    raised it; step_mode, in which its steps run, step_asked, which was chosen at first, and step_reason.
     Raises FaceVAEError when there is no sweep.
     """
     import pandas as pd  # here, because who only starts runs does without
@@ -100,6 +100,7 @@ def _line(row) -> dict[str, str]:
         "step": "" if _missing(row.steps) else f"{_number(row.step, '.0f') or 0}/{row.steps:.0f}",
         "loss": _number(row.loss, ".4g"),
         "images/s": _number(row.images_per_second, ".0f"),
+        "steps run as": "" if _missing(row.step_mode) or row.step_mode == "eager" else row.step_mode,
         "left": duration_text(row.seconds_left) if row.state == "running" else "",
         "spent": duration_text(row.seconds),
         "host": _host(row),
@@ -108,7 +109,7 @@ def _line(row) -> dict[str, str]:
 
 
 def status_text(table: "pandas.DataFrame") -> str:
-    """The table of `sweep_status` for a terminal, with a summary above and errors below."""
+    """The table of `sweep_status` for a terminal, with a summary above, errors and fallbacks below."""
     rows = list(table.itertuples())
     lines, errors = [_line(row) for row in rows], []
     columns = [name for name in lines[0] if any(line[name] for line in lines)] if lines else []
@@ -118,6 +119,8 @@ def status_text(table: "pandas.DataFrame") -> str:
         if row.state != "running" and isinstance(row.error, str) and row.error:
             cell = f" (cell {row.cell})" if isinstance(row.cell, str) else ""
             errors.append(f"{row.hypothesis} seed {row.seed}: {row.error}{cell}")
+        if not _missing(row.step_mode) and row.step_mode != row.step_asked:
+            errors.append(f"{row.hypothesis} seed {row.seed} runs as {row.step_mode}: {row.step_reason}")
     counts = [f"{count} {state}" for state, count in table["state"].value_counts(sort=False).items()]
     return "\n".join(
         [

@@ -22,46 +22,15 @@ from ..core import FaceVAEError, UnreadableFile
 from ..model.tensors import read_tensors, save_tensors
 from ..safe_io import path_inside
 from .files import checkpoint_files
+from .optimizer import ClippedAdam
 
 # %% ../../nbs/09_training/02_checkpoint.ipynb #c0004
-def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Model and optimiser state as one dictionary of tensors."""
+def _state(model: nn.Module, optimizer: ClippedAdam) -> dict[str, torch.Tensor]:
+    """Model and optimiser state as one dictionary of tensors; writing to them changes that state."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    return tensors
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _expected(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
-    """Tensors of the names, shapes and types that a checkpoint holds, after Adam's first step."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        state = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    for index, state in enumerate(optimizer.variables()):
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
     return tensors
-
-
-def _restore(tensors: dict[str, torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put flattened state back into a model and an optimiser of the same configuration."""
-    parameters = _parameters(optimizer)
-    weights, state = {}, {index: {} for index in range(len(parameters))}
-    for name, tensor in tensors.items():
-        kind, name = name.split(".", 1)
-        if kind == "model":
-            weights[name] = tensor
-            continue
-        index, key = name.split(".")
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:
-            # The fused optimiser walks parameters and state together, so both need the same memory layout.
-            tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-        state[int(index)][key] = tensor
-    model.load_state_dict(weights)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/09_training/02_checkpoint.ipynb #c0006
 CHECKPOINTS_KEPT, BEST_FILE, DAMAGED_SUFFIX = 2, "best.safetensors", ".damaged"
@@ -91,7 +60,7 @@ def _save(folder: Path, name: str, tensors: dict[str, torch.Tensor], numbers: di
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
+    folder: str | Path, step: int, model: nn.Module, optimizer: ClippedAdam, numbers: dict[str, Any]
 ) -> Path:
     """Save the state after `step` steps, and drop all but the newest two checkpoints.
 
@@ -106,7 +75,7 @@ def save_checkpoint(
     for passed_over in [old for old in checkpoint_files(folder) if old.name >= name]:
         check_guards(passed_over)  # set aside, as another program may be able to read it
         os.replace(passed_over, passed_over.with_suffix(DAMAGED_SUFFIX))
-    path = _save(folder, name, _flatten(model, optimizer), numbers)
+    path = _save(folder, name, _state(model, optimizer), numbers)
     for old in checkpoint_files(folder)[:-CHECKPOINTS_KEPT]:
         check_guards(old)
         old.unlink()
@@ -128,19 +97,17 @@ def load_best(folder: str | Path, model: nn.Module) -> None:
     model.load_state_dict(weights)
 
 
-def load_checkpoint(
-    folder: str | Path, model: nn.Module, optimizer: torch.optim.Adam
-) -> dict[str, Any] | None:
+def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: ClippedAdam) -> dict[str, Any] | None:
     """Restore the newest whole checkpoint and return its numbers, or None when there is none.
 
     A damaged checkpoint is passed over with a warning that names it, and so are those that count on damaged
     best weights.
     Raises UnreadableFile when one cannot be read at this moment, which is no damage.
     """
-    best = None
+    best, own = None, _state(model, optimizer)
     for path in reversed(checkpoint_files(folder)):
         try:
-            tensors, numbers = read_tensors(path, _expected(model, optimizer), "", digest=True)
+            tensors, numbers = read_tensors(path, own, "", digest=True)
             state = TrainerState.model_validate(numbers)
             if path.name != f"step-{state.step:08d}.safetensors":
                 raise FaceVAEError(f"'{path}' is the checkpoint of step {state.step}")
@@ -155,6 +122,7 @@ def load_checkpoint(
                 "one, training starts from the beginning."
             )
             continue
-        _restore(tensors, model, optimizer)
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
         return state.model_dump()
     return None

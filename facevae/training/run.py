@@ -44,7 +44,8 @@ from .lock import RunLock, acquire, inherit, is_locked, newest_lock
 from .source_code import code_digest
 
 # %% ../../nbs/09_training/01_run.ipynb #c0004
-IGNORED_SETTINGS = {"data", "data_source", "label_scheme", "threads", "processes", "feed", "facevae_version"}
+IGNORED_SETTINGS = {"data", "data_source", "label_scheme", "facevae_version"}
+IGNORED_SETTINGS |= {"threads", "processes", "feed", "graph"}  # how a step is run, not what it computes
 
 
 def config_fields(config: RunConfig, store: FaceStore) -> dict[str, Any]:
@@ -79,6 +80,7 @@ STATUS_TYPES = {
     **dict.fromkeys(("step", "steps", "seconds", "seconds_left", "images_per_second", "loss"), JSON_NUMBER),
     **dict.fromkeys(("best_step", "best_loss", "pid", "updated"), JSON_NUMBER),
     **dict.fromkeys(("state", "error", "cell", "host", "device"), JSON_TEXT),
+    **dict.fromkeys(("step_mode", "step_asked", "step_reason"), JSON_TEXT),
     **dict.fromkeys(("versions", "sha256"), JSON_OBJECT),
     "store_checked": JSON_NUMBER,
     "metrics_sha256": JSON_TEXT,  # of older versions, which noted no other digest
