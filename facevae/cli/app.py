@@ -17,7 +17,14 @@ from typing import Annotated
 import typer
 
 from .data import OutOption, OverwriteOption, cli_parse_masks, pack_app, store_summary
-from .models import cli_directions, cli_edit, cli_explore, cli_interpolate, cli_reconstruct
+from facevae.cli.models import (
+    PluginOption,
+    cli_directions,
+    cli_edit,
+    cli_explore,
+    cli_interpolate,
+    cli_reconstruct,
+)
 from facevae.core import (
     PASSIVE_THREADS_ENV,
     FaceVAEError,
@@ -105,6 +112,7 @@ def cli_train(
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     settings: SettingsOption = None,
     accept_code: AcceptCodeOption = False,
+    plugin: PluginOption = None,
 ):
     """Train and evaluate one hypothesis; goes on from its last checkpoint when it was interrupted."""
     from facevae.config import make_config, parse_settings
@@ -193,6 +201,7 @@ def cli_ablate(
         bool, typer.Option("--retry-failed", help="Also try those again that failed with an error.")
     ] = False,
     accept_code: AcceptCodeOption = False,
+    plugin: PluginOption = None,
 ):
     """Run the study: each hypothesis with each seed, then the figures. Given again, it does the rest."""
     from facevae.config import parse_settings
@@ -244,7 +253,10 @@ def cli_status(
 
 
 @app.command("report")
-def cli_report(sweep: Annotated[Path, typer.Argument(help="A sweep directory, finished or not.")]):
+def cli_report(
+    sweep: Annotated[Path, typer.Argument(help="A sweep directory, finished or not.")],
+    plugin: PluginOption = None,
+):
     """Make the tables, figures and report of a sweep again."""
     from facevae.sweep.plan import run_report
 

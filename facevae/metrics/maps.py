@@ -6,7 +6,7 @@
 __all__ = ['VIF_WINDOW_SIZES', 'METRIC_ARGUMENTS', 'srgb_to_lab', 'ciede2000', 'window_centres', 'weighted_mean',
            'vif_downsample', 'CachedImages', 'ImagePair', 'pool_views', 'metric']
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0003
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0002
 import functools
 import inspect
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import FaceVAEError
 from .filters import SSIM_C1, SSIM_C2, SSIM_KERNEL, SSIM_WINDOW_SIZE, blur, gaussian_kernel
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0006
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0005
 # sRGB primaries (ITU-R BT.709) in CIE XYZ; rows are divided by their sums, which are the D65 white of sRGB
 _XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 
@@ -36,7 +36,7 @@ def srgb_to_lab(images: Tensor) -> Tensor:
     x, y, z = torch.where(ratios > (6 / 29) ** 3, roots, lines).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0009
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0008
 def ciede2000(first: Tensor, second: Tensor) -> Tensor:
     """CIEDE2000 difference of each pixel's colours (Sharma, Wu, Dalal 2005): 1 is just noticeable.
 
@@ -70,7 +70,7 @@ def ciede2000(first: Tensor, second: Tensor) -> Tensor:
     square = delta_light.square() + delta_chroma.square() + delta_hue.square()
     return (square + rotation * delta_chroma * delta_hue).clamp(min=0).sqrt()
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0017
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0014
 def window_centres(weight: Tensor, window: int) -> Tensor:
     """The weights (B, 1, H, W) at the centres of whole windows: (B, 1, H - window + 1, W - window + 1)."""
     border = window // 2
@@ -83,7 +83,7 @@ def weighted_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
         return values.flatten(1).mean(1)
     return (values * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * values.shape[1])
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0020
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0017
 VIF_WINDOW_SIZES = (17, 9, 5, 3)  # pixels, a scale each; sigma is a fifth of the window
 _VIF_NOISE, _VIF_EPS = 2 / 255**2, 1e-10 / 255**2
 
@@ -157,9 +157,12 @@ class CachedImages:
     def lpips_features(self, network: torch.nn.Module) -> list[Tensor]:
         """LPIPS's features: unit vectors over the channels, one tensor a layer."""
         layers = network.net(network.scaling_layer(2 * self.images - 1))
-        return [layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10) for layer in layers]
+        # Where all features are 0, a square root would have a gradient that is not finite.
+        return [
+            layer / (layer.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt() + 1e-10) for layer in layers
+        ]
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #c0021
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0018
 class ImagePair:
     """Predicted and original images, and the maps that compare them, each computed once."""
 
@@ -258,7 +261,7 @@ def pool_views(
                     parts[view][name].append(rule(pairs[id(pred)], weights))
     return {view: {name: torch.cat(values) for name, values in row.items()} for view, row in parts.items()}
 
-# %% ../../nbs/07_metrics/01_maps.ipynb #d0011
+# %% ../../nbs/07_metrics/01_maps.ipynb #c0027
 METRIC_ARGUMENTS = """
 pred, target: images (B, 3, H, W), sRGB values in [0, 1].
 weight: of each pixel, (B, 1, H, W) in [0, 1], or None for all alike.
