@@ -117,8 +117,7 @@ class Registry(dict):
         if name in self.reserved or not free:
             place = f" (of {self.plugins[name].name})" if name in self.plugins else ""
             raise FaceVAEError(
-                f"There is a {self.kind} '{name}' already{place}, or the name has another meaning. Choose "
-                "another name."
+                f"The {self.kind} '{name}' cannot be registered: the name is taken{place}. Choose another."
             )
         self[name], self.plugins[name] = entry, origin
         self.described.discard(name)
