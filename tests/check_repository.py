@@ -27,21 +27,22 @@ IMPORTS = {
     "plotting": "core atomic_io",
     "safe_io": "core atomic_io",
     "children": "core atomic_io",
+    "registry": "core safe_io",
     "system": "",
     "data": "core atomic_io safe_io system",
     "synthetic": "core data",
     "parsing": "core atomic_io safe_io data",
-    "config": "core data",
-    "metrics": "core atomic_io safe_io",
-    "model": "core atomic_io safe_io data config metrics",
-    "training": "core atomic_io safe_io system data config metrics model",
-    "sweep": "core atomic_io safe_io children system data config training",
+    "config": "core registry data",
+    "metrics": "core atomic_io safe_io registry",
+    "model": "core atomic_io safe_io registry data config metrics",
+    "training": "core atomic_io safe_io registry system data config metrics model",
+    "sweep": "core atomic_io safe_io children registry system data config training",
     "analysis": "core atomic_io plotting safe_io data metrics model training sweep",
     "editing": "core atomic_io data model",
-    "explore": "core atomic_io children data synthetic model editing",
+    "explore": "core atomic_io children registry data synthetic model editing",
     "bench": "core atomic_io plotting system data synthetic config metrics model training",
-    "cli": "core atomic_io children system data synthetic parsing config model training sweep editing "
-    "explore bench",
+    "cli": "core atomic_io children registry system data synthetic parsing config model training sweep "
+    "editing explore bench",
     "launch": "training",  # python -m facevae.launch
 }
 
@@ -50,7 +51,7 @@ SHOWN_ON = {"synthetic.render", "data.packing"}
 
 # What must be importable without what: whoever watches over runs, or reads their results, needs neither.
 WITHOUT = {
-    "torch pandas": "facevae config data.store training.lock training.run"
+    "torch pandas": "facevae registry config metrics.tables data.store training.lock training.run"
     " sweep.runner sweep.plan sweep.status sweep.cluster sweep.scheduler",
     "torch": "analysis.results analysis.statistics analysis.claims analysis.plots analysis.figures"
     " analysis.tables analysis.report",

@@ -128,7 +128,8 @@ def visual_samples(
             else:
                 samples[name][run.hypothesis] = values
     if "original" not in samples:
-        raise FaceVAEError("No finished run has a model that can be loaded.")
+        reason = next(iter(samples["absent"].values()), "")
+        raise FaceVAEError(f"No finished run has a model that can be loaded. {reason}".strip())
     return samples
 
 # %% ../../nbs/11_analysis/04_figures.ipynb #c0009

@@ -104,10 +104,11 @@ def reproduction_commands(sweep: Sweep) -> str:
     names = shlex.quote(",".join(str(hypothesis["name"]) for hypothesis in manifest["hypotheses"]))
     settings = (manifest.get("settings") or {}).items()
     settings = "".join(f" --set {shlex.quote(f'{name}={json.dumps(value)}')}" for name, value in settings)
+    plugins = "".join(f" --plugin {shlex.quote(str(name))}" for name in manifest.get("plugins") or {})
     lines.append(
         f"facevae ablate --data {data} --out {path} --hypotheses {names} "
         f"--seeds {','.join(map(str, manifest['seeds']))} "
-        f"--preset {shlex.quote(str(manifest.get('preset', 'quick')))}{settings}"
+        f"--preset {shlex.quote(str(manifest.get('preset', 'quick')))}{settings}{plugins}"
     )
     lines.append(f"facevae report {path}")
     # Pasted control characters can end the paste and press Enter.

@@ -11,7 +11,7 @@ __all__ = ['MAX_LOG_BYTES', 'MAX_LOG_ROWS', 'MAX_LOG_TERMS', 'RUN_KEYS', 'STATUS
 # %% ../../nbs/11_analysis/00_results.ipynb #c0002
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -242,7 +242,20 @@ def load_sweep(path: str | Path) -> Sweep:
     )
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0019
-ERROR_METRICS = tuple(name for name in METRICS if name not in ("psnr", "mask_iou"))  # PSNR says what L2 says
+class _ErrorMetrics(Collection):
+    """The metrics that figures of errors show, one's own included, as soon as they are registered."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in METRICS if name not in ("psnr", "mask_iou"))  # PSNR says what L2 says
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+ERROR_METRICS = _ErrorMetrics()
 REPORT_VIEWS = ("face", "composite", "raw", "predicted")
 
 

@@ -29,6 +29,7 @@ from ..data.store import FaceStore
 from ..editing.latent_space import find_directions
 from .explorer import LatentExplorer
 from ..model.vae import FaceVAE
+from ..registry import plugin_parameters
 
 # %% ../../nbs/13_explore/03_server.ipynb #c0004
 def short_model_name(model: str) -> str:
@@ -264,7 +265,7 @@ def serve_explorer(
                 link = write_redirect(folder / "explorer.html", address)
                 threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-        page = make_server(bound, names, token)
+        page = make_server(bound, names | plugin_parameters(), token)
         page.started, page.connection_dir_root = started, str(folder)
         check_inputs(**names)
         page.start()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MS_SSIM_WEIGHTS', 'VIF_MIN_SIZE', 'METRIC_FUNCTIONS', 'ALEXNET_FILE', 'ALEXNET_DIGEST', 'ms_ssim_scales', 'ssim',
-           'ms_ssim', 'vif', 'l1', 'l2', 'psnr', 'sharpness', 'delta_e', 'mask_iou', 'compute_view_metrics',
+           'ms_ssim', 'vif', 'l1', 'l2', 'psnr', 'sharpness', 'delta_e', 'mask_iou', 'own_rule', 'compute_view_metrics',
            'compute_metrics', 'lpips_metric', 'load_lpips']
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0002
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ from facevae.metrics.maps import (
     weighted_mean,
     window_centres,
 )
-from .tables import METRICS
+from .tables import METRICS, Metric
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0005
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -54,10 +55,10 @@ def ssim(pair, weight):
 
 
 @metric
-def ms_ssim(pair, weight):
+def ms_ssim(pair, weight, floor=0.0):
     """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003) in [0, 1].
 
-    As many of the five scales as fit, see `ms_ssim_scales`; negative factors count as 0, as is usual. The
+    As many of the five scales as fit, see `ms_ssim_scales`; factors below 0 count as 0, as is usual. The
     weight is smoothed by the window.
     """
     scales = ms_ssim_scales(*pair.pred.images.shape[-2:])
@@ -72,7 +73,7 @@ def ms_ssim(pair, weight):
             factor = (factor * under).sum((-2, -1)) / under.sum((-2, -1))
             padding = [side % 2 for side in weight.shape[-2:]]
             weight = F.avg_pool2d(weight, 2, padding=padding, count_include_pad=False)
-        value = value * factor.clamp(min=0) ** exponent
+        value = value * factor.clamp(min=floor) ** exponent
     return value.mean(1)
 
 
@@ -165,6 +166,30 @@ METRIC_FUNCTIONS = {
 }
 
 
+def own_rule(entry: Metric) -> Callable:
+    """The pooling rule of a registered metric. Raises FaceVAEError when it fails or does not give (B,)."""
+    takes_weight = "weight" in inspect.signature(entry.function).parameters
+    origin = METRICS.plugins[entry.name].name
+
+    def rule(pair, weight):
+        pred, target = pair.pred.images, pair.target.images
+        try:
+            values = entry.function(pred, target, *[weight] * takes_weight)
+            shape = tuple(values.shape)
+        except Exception as error:
+            raise FaceVAEError(
+                f"The metric '{entry.name}' of {origin} failed ({type(error).__name__}: {error}). Mend it."
+            ) from error
+        if shape != (len(pred),):
+            raise FaceVAEError(
+                f"The metric '{entry.name}' of {origin} gives {shape} for {len(pred)} images. Let it give "
+                f"one value an image, ({len(pred)},)."
+            )
+        return values.float()
+
+    return rule
+
+
 def compute_view_metrics(
     *,
     views: Mapping[str, tuple[Tensor, Tensor | None]],
@@ -176,12 +201,13 @@ def compute_view_metrics(
 
     views: {view: (pred, weight)}; views that hold the same tensor `pred` share the work.
     target: the originals, (B, 3, H, W) in [0, 1].
-    names: of METRIC_FUNCTIONS and lpips; None for all that can be had.
+    names: of METRIC_FUNCTIONS, lpips, and one's own; None for all that can be had.
     lpips: what `load_lpips` gave.
     Returns {view: {metric: (B,)}}.
     Raises FaceVAEError for an unknown name, lpips without its function, or tensors that are not images.
     """
     rules = {name: METRIC_FUNCTIONS[name].pool for name in METRICS if name in METRIC_FUNCTIONS}
+    rules |= {name: own_rule(METRICS[name]) for name in METRICS if METRICS[name].function}
     if lpips is not None:
         rules["lpips"] = lpips.pool
     names = [name for name in METRICS if name in rules] if names is None else list(names)

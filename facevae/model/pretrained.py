@@ -24,6 +24,7 @@ from ..atomic_io import atomic_file, restore_directory
 from ..config import ModelConfig
 from ..core import COMPANION_FILES, FaceVAEError, bundled_models, model_folder, printable
 from .tensors import read_tensors, save_tensors
+from ..registry import NETWORKS
 from ..safe_io import read_bytes, read_object
 
 # %% ../../nbs/08_model/03_pretrained.ipynb #c0004
@@ -231,7 +232,7 @@ class Pretrained(PyTorchModelHubMixin):
             force_download, local_files_only.
 
         Raises FaceVAEError for a directory without config.json or model.safetensors, a foreign configuration,
-        or weights that do not fit it.
+        weights that do not fit it, or a network whose plugin is not loaded.
         """
         config_path, weights_path = find_model_files(path, **kwargs)
         remedy = "Copy the folder again, or train again."
@@ -245,6 +246,12 @@ class Pretrained(PyTorchModelHubMixin):
                 f"'{path}' holds a config.json that is not a FaceVAE's ({problems}). "
                 "Give a folder written by FaceVAE.save_pretrained."
             ) from error
+        if not NETWORKS.knows(config.network):
+            raise FaceVAEError(
+                f"'{path}' has the network '{config.network}', which comes from a plugin that is not loaded: "
+                "a model never runs code unasked. Give the plugin's file with --plugin, or to "
+                "facevae.load_plugin, if you trust it; the run that made the model has a copy in plugins/."
+            )
         with torch.device("meta"):
             vae = cls(config)
         weights, _ = read_tensors(weights_path, vae.state_dict(), remedy)

@@ -42,9 +42,11 @@ from facevae.training.run import (
     INTERRUPTED_MESSAGE,
     RESUMES,
     RunInterrupted,
+    check_config,
     config_differences,
     read_config,
     read_status,
+    write_plugins,
     write_status,
 )
 
@@ -285,16 +287,17 @@ def execute_run(
     poll: Callable[[], None] = lambda: None,
     accept_code: bool = False,
     sweep: str | Path | None = None,
+    plugins: dict[str, str] | None = None,
 ) -> RunResult:
     """Lock a run, execute the train notebook for it, and write to status.json how it ended.
 
-    path: the run directory.
-    parameters: the notebook's.
+    path, parameters: the run directory, and the notebook's parameters.
     config: what config.json must hold.
     environment: variables for the notebook's process.
     poll: called twice a second; a KeyboardInterrupt that it raises stops the run.
     accept_code: go on with a run that other code began.
     sweep: the directory of its sweep, which is not made anew when it is gone.
+    plugins: texts of the plugins that the notebook loads from the run's directory, by name.
     Never raises for what goes wrong in the run.
     """
     path = Path(path)
@@ -316,7 +319,8 @@ def execute_run(
         try:
             if read_status(path)["state"] == "done":
                 return RunResult("done")
-            _check_config(path, config, {"code"} if accept_code else set())
+            check_config(path, config, accept_code)
+            write_plugins(path, plugins or {})
             return _execute_locked(lock, parameters, config, environment or {}, poll)
         except DirectoryGone as error:
             return RunResult("gone", str(error))
@@ -335,14 +339,6 @@ def execute_run(
                 raise
             # On a full disk the status stays as it was, which readers see as lost.
             return RunResult("interrupted", str(RunInterrupted(problem)))
-
-
-def _check_config(path: Path, config: dict[str, Any], accepted: set[str]) -> None:
-    """Raise FaceVAEError when the directory of a run holds another one."""
-    saved = read_config(path)
-    differences = config_differences(config, saved, accepted) if saved else []
-    if differences:
-        raise FaceVAEError(f"'{path}' holds another run: {'; '.join(differences)}.")
 
 
 def _execute_locked(

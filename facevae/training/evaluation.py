@@ -21,7 +21,7 @@ from ..data.loader import Batches
 from ..data.store import FaceStore
 from ..metrics.filters import SSIM_WINDOW_SIZE
 from ..metrics.image import compute_view_metrics, load_lpips, mask_iou, ms_ssim_scales
-from ..metrics.tables import METRICS, save_table
+from ..metrics.tables import METRICS, computed_metrics, own_metrics, save_table
 from ..model.inference import evaluation_mode
 from ..model.vae import FaceVAE, paste_background
 from .files import digest_results
@@ -148,7 +148,7 @@ def _choose_lpips(
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[list[str], Tensor, Tensor]],
-    names: Iterable[str] = tuple(METRICS),
+    names: Iterable[str] | None = None,
     device: str | torch.device | None = None,
     lpips: Callable | str | None = "auto",
     progress: bool = False,
@@ -158,16 +158,16 @@ def evaluate(
 
     model: of (images, sample=False); gives recon (B, 3, H, W) in [0, 1], mask_logits (B, 1, H, W) or None.
     batches: of (names, images (B, 3, H, W) in [0, 1], masks (B, 1, H, W) in [0, 1]).
-    names: of METRICS.
+    names: of METRICS; None for all that can be computed here.
     device: where it runs; the model's own when None.
     lpips: "auto" loads it, None leaves it out, or the function `load_lpips` gave.
     progress: show a bar.
     latents: gathers the posteriors.
     Returns columns image, view, and the metrics. attrs: ms_ssim (window and scales), absent (why a metric is
-    missing), size.
+    missing), size, metrics (how one's own are read).
     Raises FaceVAEError for an unknown metric, a broken batch, images of several sizes, or no images.
     """
-    names = list(names)
+    names = computed_metrics() if names is None else list(names)
     for name in names:
         if name not in METRICS:
             raise FaceVAEError(f"'{name}' is not a metric. {choices_hint(name, METRICS)}")
@@ -187,6 +187,8 @@ def evaluate(
     table = _table(image_names, values)
     ms_ssim = {"window": SSIM_WINDOW_SIZE, "scales": ms_ssim_scales(*size)}
     table.attrs = {"ms_ssim": ms_ssim, "absent": absent, "size": size[0]}
+    if own := own_metrics(names):
+        table.attrs["metrics"] = own
     return table
 
 # %% ../../nbs/09_training/05_evaluation.ipynb #c0028

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from ..config import RunConfig, make_config, parse_settings
 from ..core import FaceVAEError, error_sentence
+from ..registry import load_plugins
 from .evaluation import evaluate_run
 from .run import RunDirectory, RunInterrupted
 from .trainer import train
@@ -93,6 +94,10 @@ def main(
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
     ] = [],  # noqa: B006
+    plugin: Annotated[
+        list[Path],
+        typer.Option(help="A file with terms, metrics or networks of your own; may be repeated."),
+    ] = [],  # noqa: B006
 ):
     """Train and evaluate one hypothesis in the processes that `accelerate launch` has started."""
     is_main, processes = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1")
@@ -102,6 +107,7 @@ def main(
                 f"The environment variable WORLD_SIZE is '{processes}'. Leave it unset, or let accelerate "
                 "launch set it."
             )
+        load_plugins(plugin)
         overrides = parse_settings(settings) | {"processes": int(processes)}
         train(make_config(hypothesis, preset, seed, overrides), data, out)
         if is_main:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 # %% ../../nbs/09_training/00_source_code.ipynb #c0004
-CODE_ROOTS = ("training.trainer", "training.evaluation")
+CODE_ROOTS = ("training.trainer", "training.evaluation", "model.modern")  # the latter is named, not imported
 
 
 def _imports_library(node: ast.AST) -> bool:
