@@ -127,11 +127,11 @@ def test_report_is_self_contained_and_says_what_is_missing(study):
         and "never started" in words
     )
     assert "LPIPS is absent" in words and "could not be downloaded" in words
-    assert "This run cannot confirm or refute the paper" in words and "one seed a hypothesis" in words
+    assert "This run cannot confirm or refute" in words and "one seed a hypothesis" in words
 
 
 def test_the_page_answers_before_it_proves(study):
-    """Answers, faces and all hypotheses come first; the rest has a place in the contents, most of it folded."""
+    """Answers, faces and all hypotheses come first; the rest has a place in the contents, and is folded."""
     text = re.sub(r"base64,[^\"]*", "", (study / "report.html").read_text(encoding="utf-8"))
     order = [
         "Do face masks help?",

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from .data import OutOption, OverwriteOption, cli_parse_masks, pack_app, store_summary
+from .data import OutOption, OverwriteOption, cli_card, cli_parse_masks, pack_app, store_summary
 from .models import cli_directions, cli_edit, cli_explore, cli_interpolate, cli_reconstruct
 from facevae.core import (
     PASSIVE_THREADS_ENV,
@@ -93,6 +93,7 @@ def cli_verify(store: Annotated[Path, typer.Argument(help="A store.")]):
     typer.echo(store_summary(FaceStore(store).verify(progress=True)))
 
 
+app.command("card")(cli_card)
 app.command("parse-masks")(cli_parse_masks)
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0007
