@@ -53,8 +53,8 @@ SHOWN_ON = {"synthetic.render", "data.packing"}
 WITHOUT = {
     "torch pandas": "facevae registry config metrics.tables data.store training.lock training.run"
     " sweep.runner sweep.plan sweep.status sweep.cluster sweep.scheduler",
-    "torch": "analysis.results analysis.statistics analysis.claims analysis.plots analysis.figures"
-    " analysis.tables analysis.report",
+    "torch": "analysis.results analysis.statistics analysis.answers analysis.claims analysis.plots"
+    " analysis.faces analysis.figures analysis.tables analysis.report",
 }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .answers import answers, evidence_gaps
 from facevae.analysis.results import (
     AUTHORS_METRICS,
     Sweep,
@@ -78,6 +79,13 @@ class Claim(BaseModel):
             if metric not in METRICS:
                 raise ValueError(f"'{metric[:80]}' is not a metric. {choices_hint(metric[:80], METRICS)}")
         return metrics
+
+    @property
+    def compared(self) -> list[str]:
+        """Everyone whom it names, as it names them."""
+        sides = [[side] if isinstance(side, str) else side for side in (self.first, self.second)]
+        names = [*sides[0], *sides[1], *(self.beyond or ())]
+        return [name for name in names if not name.startswith("others")]
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0006
 MAX_CLAIMS_BYTES = 2**20
@@ -345,6 +353,16 @@ class SweepAnalysis:
             question: compare_question(self.sweep, question, self.values, resamples=self.resamples)
             for question in QUESTIONS
         }
+
+    @cached_property
+    def answers(self) -> dict[str, str]:
+        """A sentence a question, from `facevae.analysis.answers.answers`."""
+        return answers(self.sweep, self.values)
+
+    @cached_property
+    def gaps(self) -> list[str]:
+        """What the sweep lacks to judge the paper, from `evidence_gaps`."""
+        return evidence_gaps(self.sweep)
 
     @cached_property
     def apparent(self) -> pd.DataFrame:

@@ -22,21 +22,22 @@ from markupsafe import Markup
 from .. import __version__
 from .claims import SweepAnalysis
 from .figures import ReportFigure
+from .plots import latent_sentence
 from .results import Sweep, present_metrics
 from .statistics import QUESTIONS
 from facevae.analysis.tables import (
     HYPOTHESIS_HEADS,
     Cell,
     Table,
+    answer_note,
     authors_table,
+    claims_in_reach,
     claims_table,
     comparison_section,
     escape_markdown,
     hypothesis_cells,
     latex_table,
-    mask_sentences,
     paper_table,
-    summary_sentences,
     verdict_sentence,
     verdict_tables,
     view_tables,
@@ -75,7 +76,8 @@ def sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
         facts["Training"] = f"{_distinct(done.steps)} steps{f' of {batches} images' if batches else ''}"
     seeds = ", ".join(map(str, manifest.get("seeds", [])))
     facts["Runs"] = (
-        f"{len(done)} of {len(runs)} finished: {runs.hypothesis.nunique()} hypotheses, seeds {seeds}"
+        f"{len(done)} of {len(runs)} runs finished: {runs.hypothesis.nunique()} hypotheses, "
+        f"{'seeds' if ',' in seeds else 'seed'} {seeds}"
     )
     facts["Test images"] = _distinct(done.images)
     seconds, speed = pd.to_numeric(runs.seconds).sum(), pd.to_numeric(done.images_per_second).median()
@@ -85,6 +87,10 @@ def sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
     facts["Speed"] = f"{speed:.0f} training images/s a run (median)" if pd.notna(speed) else ""
     facts["Trained on"] = _distinct(runs.device)
     facts["At a time"] = str(manifest.get("workers") or "")
+    facts["Steps run as"] = _distinct(
+        run.step_mode if run.step_mode == run.step_asked else f"{run.step_mode} ({run.step_reason})"
+        for run in runs[runs.step_mode.notna()].itertuples()
+    )
     versions = next((versions for versions in runs.versions if isinstance(versions, dict)), {})
     facts["Versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     facts["Report made with"] = f"facevae {__version__}, Python {platform.python_version()}"
@@ -114,7 +120,7 @@ def reproduction_commands(sweep: Sweep) -> str:
     # Pasted control characters can end the paste and press Enter.
     return "\n".join(map(printable, lines))
 
-# %% ../../nbs/11_analysis/06_report.ipynb #c0009
+# %% ../../nbs/11_analysis/06_report.ipynb #c0011
 def _missing_runs(runs: pd.DataFrame) -> dict | None:
     """The runs without a result, and why; None when every run is done."""
     missing = runs[runs.state != "done"]
@@ -132,10 +138,15 @@ def _missing_runs(runs: pd.DataFrame) -> dict | None:
     return {"summary": summary, "table": Table(HYPOTHESIS_HEADS + ["Seed", "State", "Why"], rows, left=6)}
 
 
+def _damage(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """(label, what is wrong) for each finished run with a damaged file."""
+    damaged = runs[(runs.state == "done") & (runs.error.fillna("") != "")]
+    return [(f"{run.hypothesis} seed {run.seed}:", run.error) for run in damaged.itertuples()]
+
+
 def _notes(sweep: Sweep) -> list[tuple[str, str]]:
     """(label, note): what is absent, and what one has to know to read the numbers."""
-    damaged = sweep.runs[(sweep.runs.state == "done") & (sweep.runs.error.fillna("") != "")]
-    notes = [(f"{run.hypothesis} seed {run.seed}:", run.error) for run in damaged.itertuples()]
+    notes = []
     for name, reason in sweep.absent.items():
         notes.append((f"{METRICS[name].label if name in METRICS else name} is absent:", reason))
     if "ms_ssim" in sweep.notes:
@@ -151,7 +162,7 @@ def _notes(sweep: Sweep) -> list[tuple[str, str]]:
         notes.append(("", text + "the paired differences use the images they share."))
     return notes
 
-# %% ../../nbs/11_analysis/06_report.ipynb #c0011
+# %% ../../nbs/11_analysis/06_report.ipynb #c0013
 # What no page needs, and a copied line must not hold.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -164,7 +175,7 @@ def _environment(**options) -> jinja2.Environment:
     """Templates that escape everything."""
     loader = jinja2.PackageLoader("facevae", "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, **options)
-    env.filters["base64"] = _base64
+    env.filters |= {"base64": _base64, "slug": _slug}
     return env
 
 
@@ -173,26 +184,60 @@ def _escape(value):
     return value if hasattr(value, "__html__") else Markup(escape_markdown(value))
 
 
+def _slug(title: str) -> str:
+    """A title as the name of its place on a page, as on the pages of GitHub."""
+    return re.sub(r"[^\w\- ]", "", str(title).lower()).strip().replace(" ", "-")
+
+
+def _subtitle(sweep: Sweep, facts: dict[str, str]) -> str:
+    """Data, size, steps, seeds and runs in one line."""
+    about = [facts.get(name, "") for name in ("Data", "Image size", "Training")]
+    images = f"{facts['Test images']} test images" if facts.get("Test images") else ""
+    return ". ".join([", ".join(filter(None, [*about, images])), facts["Runs"]]) + "."
+
+
+def _contents(analysis: SweepAnalysis, figures: dict[str, ReportFigure]) -> dict[str, str]:
+    """The titles of the parts that the page has, by what the template calls them."""
+    measured, titles = not analysis.summary.empty, {}
+    if measured:
+        paper = {"bars_masks", "bars_standalone", "bars_ssim_with"} & set(figures)
+        titles |= {"figures": "The paper's figures"} if paper else {}
+        if len(claims_in_reach(analysis)[0]):
+            titles |= {"claims": "The paper's claims", "parts": "The claims, part by part"}
+        titles |= {name: QUESTIONS[name] for name, table in analysis.comparisons.items() if len(table)}
+        if "masks" in titles:
+            titles["pasted"] = "How much of it is pasted background?"
+    titles |= {"faces": "Faces as each hypothesis draws them", "training": "Training and latent space"}
+    if measured:
+        titles |= {"views": "All metrics on all views", "authors": "The authors' numbers beside ours"}
+    return titles | {"run": "What was run, and how to run it again"}
+
+
 def _content(analysis: SweepAnalysis, figures: dict[str, ReportFigure]) -> dict:
     """What the templates ask for, by name."""
-    sweep, summary = analysis.sweep, analysis.summary
-    runs, masks, measured = sweep.runs, analysis.comparisons["masks"], not summary.empty
-    sentences = [*summary_sentences(summary, masks), verdict_sentence(analysis)]
-    seeds = runs.seed.nunique()
+    sweep, summary, comparisons = analysis.sweep, analysis.summary, analysis.comparisons
+    runs, measured, facts = sweep.runs, not summary.empty, sweep_facts(sweep)
+    reach, out_of_reach = claims_in_reach(analysis)
+    compared = next((table for table in comparisons.values() if len(table)), None)
     return {
         "title": "Face reconstruction with and without masks",
-        "subtitle": f"{runs.hypothesis.nunique()} hypotheses, {seeds} seed{'' if seeds == 1 else 's'}, "
-        f"{(runs.state == 'done').sum()} of {len(runs)} runs finished",
+        "subtitle": _subtitle(sweep, dict(facts)),
         "figures": figures,
         "missing": _missing_runs(runs),
-        "sentences": [("", sentence) for sentence in sentences if sentence],
-        "facts": sweep_facts(sweep),
+        "damage": _damage(runs),
+        "gaps": "; ".join(analysis.gaps) if measured else "",
+        "answers": [(QUESTIONS[question], sentence) for question, sentence in analysis.answers.items()],
+        "answer_note": answer_note(compared) if compared is not None else "",
+        "contents": _contents(analysis, figures),
+        "facts": facts,
         "tables": view_tables(runs, summary) if measured else None,
         "several": measured and summary.seeds.max() > 1,
+        "claims": claims_table(analysis) if measured and len(reach) else None,
+        "verdict_sentence": verdict_sentence(analysis),
+        "claims_out_of_reach": out_of_reach,
         "verdicts": verdict_tables(analysis) if measured else [],
-        "questions": QUESTIONS,
-        "comparisons": {name: comparison_section(table) for name, table in analysis.comparisons.items()},
-        "mask_sentences": mask_sentences(masks),
+        "comparisons": {name: comparison_section(table) for name, table in comparisons.items()},
+        "latents": latent_sentence(sweep.latents),
         "authors": authors_table(summary) if measured else None,
         "notes": _notes(sweep),
         "commands": reproduction_commands(sweep),
@@ -217,7 +262,7 @@ def render_markdown(
     page = template.render(_content(analysis, figures), markup="markdown.jinja", folder=Markup(folder))
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
-# %% ../../nbs/11_analysis/06_report.ipynb #c0015
+# %% ../../nbs/11_analysis/06_report.ipynb #c0017
 def write_report(analysis: SweepAnalysis, figures: dict[str, ReportFigure]) -> Path:
     """Write SWEEP/report.html; returns its path."""
     return write_text(analysis.sweep.path / "report.html", render_html(analysis, figures))

@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -26,17 +26,18 @@ from .roofline import compare_with_roofline, profile_step, roofline_bound, step_
 from .timing import Workload, peak_memory, prepare_workload, private_memory, time_interleaved
 from ..config import RunConfig
 from ..core import file_digest
-from ..data.loader import Batches
+from ..data.loader import Batches, to_device
 from ..data.store import RESIZE_METHOD, STORE_FILES, ArrayWriter, FaceStore, Manifest
 from ..metrics.image import load_lpips
 from ..model.vae import FaceVAE
 from ..training.evaluation import evaluate, evaluation_batch_size
-from ..training.hardware import choose_compile, choose_precision, has_bf16
+from ..training.hardware import choose_precision, has_bf16
+from ..training.step import CapturedStep, StepMode, choose_step_mode
 from ..training.trainer import Trainer
 
 # %% ../../nbs/14_bench/03_workloads.ipynb #c0004
 class TimedInput:
-    """A trainer's data that remembers how long its batches took."""
+    """A trainer's data that remembers how long its batches kept the processor busy."""
 
     def __init__(self, data: Batches):
         self.data = data
@@ -47,39 +48,48 @@ class TimedInput:
 
     def restart(self) -> None:
         """Forget the batches so far."""
-        self.batches, self.cpu_seconds, self.events = 0, 0.0, []
+        self.batches, self.seconds = 0, 0.0
 
-    def at(self, step: int):
-        gpu = self.data.device.type == "cuda"
-        if gpu:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-        start = time.perf_counter()
-        batch = self.data.at(step)
-        self.cpu_seconds += time.perf_counter() - start
-        if gpu:
-            last.record()
-            self.events.append((first, last))
+    def inputs(self, step: int):
         self.batches += 1
-        return batch
+        return self._timed(self.data.inputs, step)
 
-    def seconds_per_batch(self) -> float:
-        """The larger of the time on the processor and on the GPU, which work at the same time."""
-        gpu_seconds = sum(first.elapsed_time(last) for first, last in self.events) / 1e3
-        return max(self.cpu_seconds, gpu_seconds) / max(1, self.batches)
+    def assemble(self, *parts):
+        return self._timed(self.data.assemble, *parts)
+
+    def _timed(self, function: Callable, *arguments):
+        start = time.perf_counter()
+        results = function(*arguments)
+        self.seconds += time.perf_counter() - start
+        return results
 
 
 class FixedInput:
     """A trainer's data that gives one batch for ever."""
 
     def __init__(self, data: Batches):
-        self.data, self.batch = data, data.at(0)
+        self.data, self.parts, self.batch = data, data.inputs(0), data.at(0)
 
     def __getattr__(self, name: str):
         return getattr(self.data, name)
 
-    def at(self, step: int):
-        return self.batch
+    def inputs(self, step: int):
+        return self.parts
+
+    def assemble(self, *parts):
+        return self.batch.images, self.batch.mask
+
+
+def _gpu_input_seconds(trainer: Trainer) -> float:
+    """Seconds that sending and assembling a batch takes, started as the trainer starts its steps."""
+    data, device = trainer.data, trainer.device
+    inputs = data.inputs(0)
+
+    def assemble(*parts: torch.Tensor) -> None:
+        data.assemble(*(to_device(part, device) for part in parts))
+
+    run = CapturedStep(assemble, inputs, device) if trainer.mode.graph else assemble
+    return Workload("input", lambda step: run(*inputs), 1).run(50, device)
 
 
 def _step_with(trainer: Trainer, data: TimedInput | FixedInput, step: int) -> None:
@@ -189,41 +199,53 @@ class Recipe:
         return prepare_workload(build, self.device, steps)
 
 
-def step_variants(config: RunConfig, device: torch.device) -> list[tuple[str, bool]]:
-    """(precision, compiled) of the library's steps to compare; the first is the recipe's own choice."""
-    precision = choose_precision(config.precision, device)
-    variants = [(precision, choose_compile(config.compile, device, config.steps)), ("fp32", False)]
+def step_variants(config: RunConfig, device: torch.device) -> list[tuple[str, StepMode]]:
+    """(precision, mode) of the library's steps to compare; the first is the recipe's own choice."""
+    precision, usual = choose_precision(config.precision, device), choose_step_mode(config, device)
+    eager = StepMode(compiled=False, graph=False, reason="")
+    variants = [(precision, usual), ("fp32", replace(eager, graph=usual.graph))]
     if has_bf16(device):
-        variants.append(("bf16", False))
+        variants.append(("bf16", eager))
     if device.type == "cuda":
-        variants.append((precision, True))
-    return list(dict.fromkeys(variants))
+        graph = replace(eager, graph=True)
+        variants += [(precision, graph), (precision, replace(graph, compiled=True))]
+    return list(
+        {(precision, mode.name): (precision, mode) for precision, mode in reversed(variants)}.values()
+    )[::-1]
 
 
 class LibraryStep:
-    """The library's training step in one precision, compiled or not, as a workload.
+    """The library's training step in one precision and mode, as a workload.
 
     trainer: takes the steps. input: its data, timed. workload: prepared.
     """
 
-    def __init__(self, recipe: Recipe, precision: str, compiled: bool):
-        name = f"step {precision}{' compiled' if compiled else ''}"
-        update = {"precision": precision, "compile": "on" if compiled else "off"}
-        first_steps = 4 if recipe.device.type == "cuda" else 2
+    def __init__(self, recipe: Recipe, precision: str, mode: StepMode):
+        name = f"step {precision} {mode.name}"
+        config = recipe.config.model_copy(
+            update={"compile": "auto", "graph": "auto"}
+        )  # what fails is a row, too
+        first_steps = 3 if recipe.device.type == "cuda" else 1
 
         def step(index: int) -> None:
             _step_with(self.trainer, self.input, index)
             if index + 1 == first_steps:
-                self.trainer.choose_source()  # as `train` does, once memory is known
+                self.trainer.settle(index + 1)  # as `train` does, once memory is known
 
         def build() -> Workload:
-            config = recipe.config.model_copy(update=update)
-            self.trainer = Trainer(config, recipe.store, Accelerator(mixed_precision="no"))
+            self.trainer = Trainer(config, recipe.store, Accelerator(mixed_precision="no"), precision, mode)
             self.input = TimedInput(self.trainer.data)
-            return Workload(name, step, config.batch_size, "step", precision, compiled)
+            return Workload(name, step, config.batch_size, "step", precision)
 
-        self.workload = recipe.prepare(name, build, first_steps)
+        self.workload = recipe.prepare(name, build, first_steps + 1)
+        self.workload.mode = self.trainer.mode.fields()
         self.input.restart()
+
+    def input_seconds(self) -> float:
+        """Seconds a batch takes: the larger of those on the processor and on the GPU, which work at once."""
+        on_processor = self.input.seconds / max(1, self.input.batches)
+        on_gpu = _gpu_input_seconds(self.trainer) if self.trainer.device.type == "cuda" else 0.0
+        return max(on_processor, on_gpu)
 
     def without_input(self, recipe: Recipe) -> Workload:
         """The same trainer's step on a fixed batch."""
@@ -236,7 +258,7 @@ class LibraryStep:
                 recipe.config.batch_size,
                 "resident",
                 self.trainer.precision,
-                self.trainer.compiled,
+                self.trainer.mode.fields(),
             )
 
         workload = recipe.prepare("resident", build)
@@ -279,7 +301,9 @@ def result_row(recipe: str, config: RunConfig, workload: Workload, times: list[f
         "recipe": recipe,
         "measurement": workload.measurement,
         "precision": workload.precision,
-        "compiled": workload.compiled,
+        "step_mode": workload.mode.get("step_mode", "eager"),
+        "step_asked": workload.mode.get("step_asked", "eager"),
+        "step_reason": workload.mode.get("step_reason", ""),
         "size": config.size,
         "batch_size": workload.images if trains else None,
         "images_per_second": workload.images / statistics.median(times),
@@ -299,8 +323,8 @@ def _library_steps(recipe: Recipe, only: list[str]) -> Iterator[LibraryStep]:
     variants = step_variants(recipe.config, recipe.device)
     if "step" not in only:
         variants = variants[:1] if {"resident", "roofline"} & set(only) else []
-    for precision, compiled in variants:
-        yield LibraryStep(recipe, precision, compiled)
+    for precision, mode in variants:
+        yield LibraryStep(recipe, precision, mode)
 
 
 def measure_steps(
@@ -335,7 +359,7 @@ def measure_steps(
         }
         for variant in variants:
             step_seconds = statistics.fmean(times[variant.workload.name])
-            rows[variant.workload.name]["input_share"] = variant.input.seconds_per_batch() / step_seconds
+            rows[variant.workload.name]["input_share"] = variant.input_seconds() / step_seconds
         if variants:
             rows[variants[0].workload.name]["usual"] = True
         if "roofline" in only:
@@ -356,7 +380,7 @@ def measure_roofline(config: RunConfig, peaks: dict, row: dict, profiled: pd.Dat
     bound = costs["seconds"].sum()
     result = {
         "precision": precision,
-        "compiled": row["compiled"],
+        "step_mode": row["step_mode"],
         "gflop": costs["flops"].sum() / 1e9,
         "gb": costs["bytes"].sum() / 1e9,
         "bound_ms": 1e3 * bound,

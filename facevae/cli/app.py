@@ -16,8 +16,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .data import OutOption, OverwriteOption, cli_parse_masks, pack_app, store_summary
-from .models import cli_directions, cli_edit, cli_explore, cli_interpolate, cli_reconstruct
+from .data import OutOption, OverwriteOption, cli_card, cli_parse_masks, pack_app, store_summary
+from facevae.cli.models import (
+    PluginOption,
+    cli_directions,
+    cli_edit,
+    cli_explore,
+    cli_interpolate,
+    cli_reconstruct,
+)
 from facevae.core import (
     FaceVAEError,
     check_writable,
@@ -98,6 +105,7 @@ def cli_verify(store: Annotated[Path, typer.Argument(help="A store.")]):
     typer.echo(store_summary(FaceStore(store).verify(progress=True)))
 
 
+app.command("card")(cli_card)
 app.command("parse-masks")(cli_parse_masks)
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0007
@@ -110,7 +118,9 @@ def cli_train(
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     settings: SettingsOption = None,
     accept_code: AcceptCodeOption = False,
+    plugin: PluginOption = None,
     dry_run: DryRunOption = False,
+    plugin: PluginOption = None,
 ):
     """Train and evaluate one hypothesis; goes on from its last checkpoint when it was interrupted."""
     from facevae.config import make_config, parse_settings
@@ -231,7 +241,9 @@ def cli_ablate(
         bool, typer.Option("--retry-failed", help="Also try those again that failed with an error.")
     ] = False,
     accept_code: AcceptCodeOption = False,
+    plugin: PluginOption = None,
     dry_run: DryRunOption = False,
+    plugin: PluginOption = None,
 ):
     """Run the study: each hypothesis with each seed, then the figures. Given again, it does the rest."""
     from facevae.config import parse_settings
@@ -278,7 +290,10 @@ def cli_status(
 
 
 @app.command("report")
-def cli_report(sweep: Annotated[Path, typer.Argument(help="A sweep directory, finished or not.")]):
+def cli_report(
+    sweep: Annotated[Path, typer.Argument(help="A sweep directory, finished or not.")],
+    plugin: PluginOption = None,
+):
     """Make the tables, figures and report of a sweep again."""
     from facevae.sweep.plan import run_report
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OutOption', 'SizeOption', 'MaxBadOption', 'OverwriteOption', 'SchemeOption', 'RescaleLabelsOption', 'SubsetOption',
            'DeviceOption', 'pack_app', 'choose_device', 'store_summary', 'pack_synthetic', 'pack_folder', 'pack_celeba',
-           'pack_celebamask_hq', 'cli_parse_masks']
+           'pack_celebamask_hq', 'cli_card', 'cli_parse_masks']
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0002
 from pathlib import Path
@@ -161,6 +161,20 @@ def pack_celebamask_hq(
     _pack(source, out, max_bad=max_bad, overwrite=overwrite)
 
 # %% ../../nbs/15_cli/00_data.ipynb #c0013
+def cli_card(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the card. [default: the store]")] = None,
+):
+    """Write what a store holds, its licence and a sheet of faces: card.md and card.jpg."""
+    from facevae.data.card import write_store_card
+    from facevae.data.store import FaceStore
+
+    opened = FaceStore(store)
+    folder = opened.path if out is None else out
+    check_writable(folder)
+    typer.echo(f"Card: {write_store_card(opened, folder)}")
+
+
 def cli_parse_masks(
     images: Annotated[Path, typer.Option(help="Folder of photos, with its subfolders, or a zip file.")],
     out: Annotated[Path, typer.Option(help="Directory of label maps, new or begun before.")],

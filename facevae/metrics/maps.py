@@ -167,7 +167,10 @@ class CachedImages:
     def lpips_features(self, network: torch.nn.Module) -> list[Tensor]:
         """LPIPS's features: unit vectors over the channels, one tensor a layer."""
         layers = network.net(network.scaling_layer(2 * self.images - 1))
-        return [layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10) for layer in layers]
+        # Where all features are 0, a square root would have a gradient that is not finite.
+        return [
+            layer / (layer.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt() + 1e-10) for layer in layers
+        ]
 
 # %% ../../nbs/07_metrics/01_maps.ipynb #c0018
 class ImagePair:

@@ -9,6 +9,7 @@ __all__ = ['MAX_RUNS', 'SweepHypothesis', 'SweepFile', 'read_sweep', 'settings_t
 # %% ../../nbs/10_sweep/01_plan.ipynb #c0002
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -22,15 +23,18 @@ from ..atomic_io import file_lock, guarded_directory
 from ..config import Hypothesis, RunConfig, make_config, parse_hypotheses
 from ..core import FaceVAEError, MissingFile, UnreadableFile, choices_hint
 from ..data.store import FaceStore
+from ..registry import plugin_parameters
 from ..safe_io import name_problem, path_inside, read_object, write_object
 from .runner import RESUMES, RunResult, execute_run, start_notebook, wait_for_notebook
 from ..training.files import damaged_results
 from ..training.lock import heartbeat_seconds
 from facevae.training.run import (
+    CODE_FIELDS,
     RunDirectory,
     config_differences,
     config_fields,
     read_state,
+    used_plugins,
     write_pending,
 )
 
@@ -68,6 +72,7 @@ class SweepFile(BaseModel):
     steps: int | None = None
     facevae_version: str | None = None
     workers: str | None = None
+    plugins: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _each_run_once(self):
@@ -136,14 +141,14 @@ class RunSpec:
         Raises FaceVAEError when its directory holds a run of other settings, faces or code.
         """
         requested, saved = config_fields(self.config, store), self.run.saved_config
-        if saved and (differences := config_differences(requested, saved, {"code"})):
+        if saved and (differences := config_differences(requested, saved, CODE_FIELDS)):
             raise FaceVAEError(
                 f"'{self.run.path}' holds a run with other settings: {'; '.join(differences)}. "
                 "Choose another --out, ask for the same settings, or delete that directory."
             )
         if saved and not accept_code and (differences := config_differences(requested, saved)):
             raise FaceVAEError(
-                f"'{self.run.path}' holds a run of other code: {differences[0]} (facevae "
+                f"'{self.run.path}' holds a run of other code: {'; '.join(differences)} (facevae "
                 f"{saved.get('facevae_version')} there, {__version__} here), so its numbers may not be "
                 "comparable. Give --accept-code to keep it and go on, choose another --out, or put that "
                 "version back."
@@ -156,7 +161,10 @@ class RunSpec:
         return " ".join(damaged_results(self.run.path, self.run.status).values())
 
     def job(self, accept_code: bool = False) -> dict[str, Any]:
-        """Arguments for `execute_run`, as plain data with absolute paths, for any machine."""
+        """Arguments for `execute_run`, as plain data with absolute paths, for any machine.
+
+        Raises FaceVAEError when the run uses what was registered in this session alone.
+        """
         out = str(self.run.path.absolute())
         parameters = {
             "hypothesis": self.config.hypothesis,
@@ -166,8 +174,22 @@ class RunSpec:
             "seed": self.config.seed,
             "settings": settings_text(self.overrides),
         }
-        config = config_fields(self.config, FaceStore(self.data))
-        return {"path": out, "parameters": parameters, "config": config, "accept_code": accept_code}
+        job = {"path": out, "parameters": parameters, "accept_code": accept_code}
+        if texts := self._plugin_texts():
+            parameters["plugins"] = shlex.join(f"{out}/plugins/{name}" for name in texts)
+            job["plugins"] = texts
+        return job | {"config": config_fields(self.config, FaceStore(self.data))}
+
+    def _plugin_texts(self) -> dict[str, str]:
+        """Texts of the files that its process has to load, by name."""
+        texts = {plugin.name: plugin.text for plugin in used_plugins(self.config) if not plugin.installed}
+        for name, text in texts.items():
+            if text is None:
+                raise FaceVAEError(
+                    f"'{name}' was registered in this session alone, and a run in a process of its own needs "
+                    "it from a file: put it into one, and load that with facevae.load_plugin or --plugin."
+                )
+        return texts
 
     def execute(
         self,
@@ -238,6 +260,7 @@ def plan_sweep(
         "size": specs[0].config.size,
         "steps": specs[0].config.steps,
         "facevae_version": __version__,
+        "plugins": {plugin.name: plugin.digest for spec in specs for plugin in used_plugins(spec.config)},
     }
     fixed = ("preset", "settings", "data_fingerprint")
     differences = config_differences(*({key: each.get(key) for key in fixed} for each in (fields, saved)))
@@ -277,14 +300,16 @@ def _sweep_file(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis], seeds: list[int]) -> None:
-    """Write sweep.json; hypotheses and seeds are added to those that it has."""
+    """Write sweep.json; hypotheses, seeds and plugins are added to those that it has."""
     with _sweep_file(out) as saved:
         by_name = {h["name"]: h for h in saved.get("hypotheses", [])}
         by_name |= {h.name: asdict(h) for h in hypotheses}
         all_seeds = sorted({*saved.get("seeds", []), *seeds})
+        plugins = saved.get("plugins", {}) | fields["plugins"]
         kept = {name: saved[name] for name in ("workers",) if name in saved}
         saved.clear()
-        saved.update(fields | {"hypotheses": list(by_name.values()), "seeds": all_seeds} | kept)
+        fields = fields | {"plugins": plugins, "hypotheses": list(by_name.values()), "seeds": all_seeds}
+        saved.update(fields | kept)
 
 
 def record_workers(out: str | Path, text: str) -> None:
@@ -301,6 +326,6 @@ def run_report(sweep: str | Path) -> Path:
     sweep = Path(sweep)
     read_sweep(sweep)
     with guarded_directory(sweep, "sweep.json") as guard:
-        parameters = {"sweep": str(sweep.absolute())}
+        parameters = {"sweep": str(sweep.absolute())} | plugin_parameters()
         wait_for_notebook(start_notebook("figures", sweep / "figures.ipynb", parameters, guard))
     return sweep / "report.html"

@@ -6,13 +6,13 @@
 __all__ = ['BACKGROUND_KINDS', 'noise_scales', 'antialias', 'gradient', 'clouds', 'leaves', 'stripes', 'checkerboard', 'dots',
            'bokeh', 'clutter', 'bricks', 'shelves', 'draw_background']
 
-# %% ../../nbs/04_synthetic/02_background.ipynb #c0003
+# %% ../../nbs/04_synthetic/02_background.ipynb #c0002
 import torch
 
 from .canvas import Canvas, blend, rgb, smoothstep, triangle_wave, value_noise
 from .parameters import NOISE_GRID_SIZE, ParameterTensors
 
-# %% ../../nbs/04_synthetic/02_background.ipynb #c0006
+# %% ../../nbs/04_synthetic/02_background.ipynb #c0005
 def noise_scales(t: ParameterTensors, size: int) -> dict[int, torch.Tensor]:
     """Smooth noise around 0.5 at four scales: {cells across: (B, size, size)}.
 
@@ -45,7 +45,7 @@ def leaves(t, x, y, noise, size):
     image = blend(green * 0.45, green * 1.5, fine)
     return blend(image, t.back1 * 0.4 + 0.6, smoothstep(noise[7] * 2.4 + noise[31] * 0.8 - 2.0) * 0.9)
 
-# %% ../../nbs/04_synthetic/02_background.ipynb #d0012
+# %% ../../nbs/04_synthetic/02_background.ipynb #c0010
 def stripes(t, x, y, noise, size):
     frequency = 4 + 9 * t.back_scale
     place = x * t.back_u + y * t.back_v * (0.3 + t.back_warp)
@@ -70,7 +70,7 @@ def dots(t, x, y, noise, size):
     cover = ((0.18 + 0.17 * t.back_warp - distance) * (size / frequency) + 0.5).clamp_(0, 1)
     return blend(blend(t.back0, t.back1, smoothstep(noise[3])), t.back2, cover)
 
-# %% ../../nbs/04_synthetic/02_background.ipynb #d0014
+# %% ../../nbs/04_synthetic/02_background.ipynb #c0012
 def bokeh(t, x, y, noise, size):
     image = blend(t.back0 * 0.35, t.back1 * 0.5, smoothstep(noise[3]))
     spots = t.spots.reshape(len(t), 12, 4, 1, 1)
@@ -97,7 +97,7 @@ def clutter(t, x, y, noise, size):
         image = blend(image, colour, cover)
     return image * (0.85 + 0.3 * noise[15])[:, None]
 
-# %% ../../nbs/04_synthetic/02_background.ipynb #d0016
+# %% ../../nbs/04_synthetic/02_background.ipynb #c0014
 def _table_values(t, index):
     """Values (b, h, w) of the faces' noise tables at an index, which wraps round."""
     table = t.noise.reshape(len(t), -1)
@@ -134,7 +134,7 @@ def shelves(t, x, y, noise, size):
     image = blend(t.back3 * 0.22, image, cover)
     return blend(image, t.back3 * 0.7 + 0.1, ((down - row - 0.93) / pixel + 0.5).clamp_(0, 1))
 
-# %% ../../nbs/04_synthetic/02_background.ipynb #c0010
+# %% ../../nbs/04_synthetic/02_background.ipynb #c0016
 BACKGROUND_KINDS = (gradient, clouds, stripes, checkerboard, bokeh, clutter, leaves, bricks, shelves, dots)
 
 

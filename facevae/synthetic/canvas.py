@@ -7,7 +7,7 @@ __all__ = ['FRAME_ASPECT', 'Placement', 'Region', 'Canvas', 'jpeg_grid', 'rounde
            'intersection', 'union', 'hide_unless', 'select', 'blob', 'ridge', 'falloff', 'triangle_wave', 'smoothstep',
            'blend', 'rgb', 'skin_shading', 'value_noise']
 
-# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0003
+# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0002
 import functools
 import io
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..data.labels import LABEL_CLASSES
 
-# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0006
+# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0005
 FRAME_ASPECT = 218 / 178  # a frame's height in units of its width, before it is squashed to a square
 
 
@@ -113,7 +113,7 @@ class Region:
             self.canvas.image[..., *self.slices].index_copy_(0, self.faces, self.image)
             self.canvas.labels[..., *self.slices].index_copy_(0, self.faces, self.labels)
 
-# %% ../../nbs/04_synthetic/00_canvas.ipynb #d0002
+# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0009
 class Canvas:
     """B square images with their label maps.
 
@@ -165,7 +165,7 @@ def jpeg_grid(images: torch.Tensor, columns: int, quality: int = 85) -> bytes:
     Image.fromarray(grid.reshape(rows * high, columns * wide, 3).numpy()).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
-# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0012
+# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0015
 def rounded_ellipse(u, v, across, above, below, square=None):
     """Signed distance to an ellipse of half-width `across` that reaches `above` up and `below` down.
 
@@ -223,7 +223,7 @@ def select(wanted, first, second):
     """`first` for faces whose wanted (b, 1, 1) is 1, `second` for 0: cheaper than `torch.where`."""
     return (first - second) * wanted + second
 
-# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0014
+# %% ../../nbs/04_synthetic/00_canvas.ipynb #c0017
 def blob(u, v, across, down):
     """A soft spot: 1 in the middle, falling smoothly to 0 on an ellipse with the given radii."""
     x, y = u / across, v / down

@@ -6,7 +6,7 @@
 __all__ = ['diffuse_shading', 'draw_head', 'relief', 'draw_beard', 'draw_eyes', 'draw_iris', 'draw_brows', 'draw_nose',
            'draw_mouth', 'mouth_interior']
 
-# %% ../../nbs/04_synthetic/03_face.ipynb #c0003
+# %% ../../nbs/04_synthetic/03_face.ipynb #c0002
 import torch
 
 from facevae.synthetic.canvas import (
@@ -26,7 +26,7 @@ from facevae.synthetic.canvas import (
 )
 from .parameters import ParameterTensors
 
-# %% ../../nbs/04_synthetic/03_face.ipynb #c0006
+# %% ../../nbs/04_synthetic/03_face.ipynb #c0005
 def diffuse_shading(t: ParameterTensors, x, y):
     """Cosine between the light and the normal of an ellipsoid at x, y (in radii): Lambert's law. (b, h, w)"""
     depth = (x * x).add_(y * y).neg_().add_(1.06).clamp_(min=0).sqrt_()
@@ -91,7 +91,7 @@ def draw_beard(t: ParameterTensors, image, u, v, abs_u, texture, light):
     colour = t.hair * (light * (texture * 0.4 + 0.45) + 0.22)[:, None]
     image += (colour - image) * part[:, None]
 
-# %% ../../nbs/04_synthetic/03_face.ipynb #c0008
+# %% ../../nbs/04_synthetic/03_face.ipynb #c0007
 def draw_eyes(canvas: Canvas, t: ParameterTensors):
     """Paint eyes and brows of every face."""
     r = canvas.region(0.21, 0.29, 0.79, 0.57)
@@ -146,7 +146,7 @@ def draw_brows(t: ParameterTensors, r: Region, u):
     cover = r.cover(height.abs() - thick + (thick < 0.001) * 0.5) * 0.94
     r.paint(cover, (t.hair * 0.55 + t.skin * 0.06) * hairs[:, None], "brow")
 
-# %% ../../nbs/04_synthetic/03_face.ipynb #c0010
+# %% ../../nbs/04_synthetic/03_face.ipynb #c0009
 def draw_nose(canvas: Canvas, t: ParameterTensors):
     """Paint the nose of every face."""
     r = canvas.region(0.31, 0.39, 0.69, 0.72)
@@ -174,7 +174,7 @@ def draw_nose(canvas: Canvas, t: ParameterTensors):
     r.paint(r.cover(hole) * 0.74, t.skin * rgb(0.32, 0.20, 0.18, u))
     r.mark(union(wings, back) <= 0, "nose")
 
-# %% ../../nbs/04_synthetic/03_face.ipynb #c0012
+# %% ../../nbs/04_synthetic/03_face.ipynb #c0011
 def draw_mouth(canvas: Canvas, t: ParameterTensors):
     """Paint lips, and teeth and tongue where the mouth is open."""
     r = canvas.region(0.26, 0.59, 0.74, 0.84)

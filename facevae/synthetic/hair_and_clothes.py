@@ -6,7 +6,7 @@
 __all__ = ['collar_distance', 'cloth_pattern', 'draw_body', 'draw_cloth', 'draw_necklace', 'Hair', 'faces_wearing',
            'draw_glasses', 'draw_earrings', 'draw_hats']
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0003
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0002
 import torch
 
 from facevae.synthetic.canvas import (
@@ -29,7 +29,7 @@ from facevae.synthetic.canvas import (
 from .face import diffuse_shading
 from .parameters import ParameterTensors
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0006
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0005
 def collar_distance(t: ParameterTensors, u, v):
     """Signed distance to the opening of the collar: round, V, shirt, turtleneck or wide."""
     deep, wide = t.neckline, (t.collar == 4).float()
@@ -53,7 +53,7 @@ def cloth_pattern(t: ParameterTensors, u, v, pixel):
     down = ((down - 0.5) / (2 * t.pattern_v * pixel) + 0.5).clamp_(0, 1) * ((kind == 2) + 0.5 * (kind == 3))
     return across + down + dot * (kind == 4)
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0008
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0007
 def draw_body(canvas: Canvas, t: ParameterTensors, noise: dict[int, torch.Tensor]):
     """Paint neck, clothes and necklace below every head."""
     r = canvas.region(top=0.60)
@@ -109,7 +109,7 @@ def draw_necklace(t: ParameterTensors, r, u, v, inside):
     r.shade(1 - 0.25 * falloff(chain, 0.07) * r.between("neck", "neck"))
     r.paint(r.cover(chain), select(pearls[:, None], 0.95, t.metal) * gleam[:, None], "neck_l")
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0015
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0012
 class Hair:
     """The hair of a batch: `draw_back` before the body is drawn, `draw_front` after the face.
 
@@ -185,12 +185,12 @@ class Hair:
         rooted = smoothstep(1 + edge * 9)  # hair is darker where it grows from
         r.paint(r.cover(front), self.colour * (1 - 0.22 * rooted)[:, None], "hair")
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0022
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0018
 def faces_wearing(worn: torch.Tensor) -> torch.Tensor:
     """Indices of the faces that wear something. worn: 0 for those who do not, (B, 1, 1)."""
     return worn.flatten().nonzero().flatten()
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0024
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0020
 def draw_glasses(canvas: Canvas, t: ParameterTensors):
     """Paint glasses and sunglasses."""
     faces = faces_wearing(t.glasses)
@@ -218,7 +218,7 @@ def draw_glasses(canvas: Canvas, t: ParameterTensors):
     r.paint(r.cover(frame), t.frame_colour * light[:, None], "eye_g")
     r.close()
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0026
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0022
 def draw_earrings(canvas: Canvas, t: ParameterTensors):
     """Paint studs, hoops and drops."""
     faces = faces_wearing(t.earrings)
@@ -239,7 +239,7 @@ def draw_earrings(canvas: Canvas, t: ParameterTensors):
     r.paint(r.cover(shape), tone * gleam[:, None], "ear_r")
     r.close()
 
-# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0028
+# %% ../../nbs/04_synthetic/04_hair_and_clothes.ipynb #c0024
 def draw_hats(canvas: Canvas, t: ParameterTensors, noise: dict[int, torch.Tensor]):
     """Paint knitted hats, caps and brimmed hats."""
     faces = faces_wearing(t.hat)

@@ -9,7 +9,7 @@ __all__ = ['SKIN_COLOURS', 'IRIS_COLOURS', 'LIPSTICK_COLOURS', 'HAIR_COLOURS', '
            'sample_eyes_and_nose', 'sample_mouth', 'sample_makeup_and_beard', 'sample_accessories', 'sample_clothes',
            'sample_light', 'sample_background', 'sample_parameters', 'ParameterTensors']
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0003
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0002
 import copy
 from collections.abc import Sequence
 
@@ -57,7 +57,7 @@ class RandomColumns:
         self.used += columns
         return self.numbers[:, self.used - columns : self.used]
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0014
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0012
 # fmt: off
 SKIN_COLOURS = np.array([(250, 222, 206), (240, 202, 176), (226, 178, 144), (200, 146, 108), (160, 108, 76),
                          (116, 74, 52), (84, 54, 42)]) / 255
@@ -72,7 +72,7 @@ HAIR_COLOURS = {
 }
 # fmt: on
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0009
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0013
 def interpolate_colours(colours: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Colours (B, 3) at places in [0, 1] along a list of colours (k, 3)."""
     where = np.clip(where, 0, 1) * (len(colours) - 1)
@@ -86,7 +86,7 @@ def random_colours(rng: RandomColumns, saturation: np.ndarray, value: np.ndarray
     wheel = np.clip(np.abs((hue + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     return value[:, None] * (1 - saturation[:, None] * (1 - wheel))
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0016
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0017
 HAIRSTYLE_COLUMNS = "volume rise length flare lock front line bow peak fringe waviness curl top".split()
 # fmt: off
 HAIRSTYLES = {
@@ -112,7 +112,7 @@ HAIRSTYLE_WEIGHTS = np.array(
     [[6, 7, 20, 10, 17, 13, 5, 8, 0, 3, 2, 2, 1], [0.4, 1, 4, 0.3, 5, 2, 3, 10, 17, 22, 20, 13, 12]]
 )  # how common each style is: on masculine heads, on others
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0006
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0018
 def sample_hair(rng: RandomColumns, masculine, age, tone) -> dict[str, np.ndarray]:
     """Style, shape and colour of the hair of B faces.
 
@@ -146,7 +146,7 @@ def sample_hair(rng: RandomColumns, masculine, age, tone) -> dict[str, np.ndarra
     p["strands"] = rng.uniform(9, 15)
     return p | {"style": style, "bangs": bangs, "hair_name": colour}
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0018
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0020
 def sample_head(rng: RandomColumns, masculine) -> dict[str, np.ndarray]:
     """Where the heads are and their outline. masculine: bool (B,)."""
     normal = rng.bounded_normal
@@ -205,7 +205,7 @@ def sample_mouth(rng: RandomColumns, masculine, tone) -> dict[str, np.ndarray]:
         "lower_lip": np.clip(normal(0.116, 0.019) + 0.016 * tone - 0.018 * masculine, 0.06, 0.17),
     }
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0007
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0021
 def sample_makeup_and_beard(rng: RandomColumns, masculine, age, tone, skin, style) -> dict[str, np.ndarray]:
     """What colours the skin.
 
@@ -280,7 +280,7 @@ def sample_clothes(rng: RandomColumns, masculine) -> dict[str, np.ndarray]:
         "neckline": uniform(0.0, 1.0),
     }
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0008
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0022
 NOISE_GRID_SIZE = 33  # side of the table of noise values that textures are cut from
 
 
@@ -318,7 +318,7 @@ def sample_background(rng: RandomColumns) -> dict[str, np.ndarray]:
     p["noise"] = rng.table(NOISE_GRID_SIZE**2).reshape(-1, NOISE_GRID_SIZE, NOISE_GRID_SIZE)
     return p
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #d0010
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0024
 FEATURE_COLUMNS = 256  # random numbers set aside for everything but the noise
 FaceParameters = dict[str, np.ndarray]  # B faces: float64 (B,), or (B, 3) for a colour
 
@@ -355,7 +355,7 @@ def sample_parameters(indices: Sequence[int], seed: int = 0) -> FaceParameters:
         p[name] = p[name] * p["exposure"][:, None]
     return p | sample_background(rng)
 
-# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0024
+# %% ../../nbs/04_synthetic/01_parameters.ipynb #c0032
 class ParameterTensors:
     """Parameters as tensors: `t.smile` is (B, 1, 1), `t.skin` (B, 3, 1, 1); `t[faces]` is a smaller batch.
 

@@ -6,7 +6,7 @@
 __all__ = ['SUPERSAMPLE_BELOW', 'GRAIN_TEXTURE', 'MIN_DRAWN_SIZE', 'DRAW_BATCH', 'add_camera_effects', 'draw_from_parameters',
            'attribute_table', 'SyntheticFaces', 'draw_faces', 'SyntheticSource']
 
-# %% ../../nbs/04_synthetic/05_render.ipynb #c0003
+# %% ../../nbs/04_synthetic/05_render.ipynb #c0002
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from facevae.synthetic.parameters import (
     sample_parameters,
 )
 
-# %% ../../nbs/04_synthetic/05_render.ipynb #c0006
+# %% ../../nbs/04_synthetic/05_render.ipynb #c0005
 SUPERSAMPLE_BELOW = 72  # pixels a side below which images are painted at twice the size
 GRAIN_TEXTURE = torch.from_numpy(
     np.random.Philox(key=[0, 0]).random_raw(3 * 256 * 32).view(np.uint8).reshape(3, 256, 256) / 127.5 - 1
@@ -83,7 +83,7 @@ def draw_from_parameters(
     total = large[:, ::2, ::2] + large[:, 1::2, ::2] + large[:, ::2, 1::2] + large[:, 1::2, 1::2]
     return ((total + 2) // 4).to(torch.uint8), canvas.labels
 
-# %% ../../nbs/04_synthetic/05_render.ipynb #d0002
+# %% ../../nbs/04_synthetic/05_render.ipynb #c0008
 def attribute_table(p: FaceParameters, indices: Sequence[int]) -> pd.DataFrame:
     """CelebA's attributes of faces: a bool table, a row a face.
 
@@ -130,7 +130,7 @@ def attribute_table(p: FaceParameters, indices: Sequence[int]) -> pd.DataFrame:
     }
     return pd.DataFrame(table, index=pd.Index(indices, name="face"))
 
-# %% ../../nbs/04_synthetic/05_render.ipynb #c0008
+# %% ../../nbs/04_synthetic/05_render.ipynb #c0014
 MIN_DRAWN_SIZE = 36  # pixels; below this an eye is less than a pixel high
 DRAW_BATCH = (
     24  # faces painted together: enough to hide the cost of a call, few enough for a processor's cache
@@ -184,7 +184,7 @@ def draw_faces(indices: Sequence[int], seed: int = 0, size: int = 144, device=No
         torch.set_num_threads(threads)  # the workers' choice would be the default of later threads
     return SyntheticFaces(images, labels, attribute_table(values, indices))
 
-# %% ../../nbs/04_synthetic/05_render.ipynb #c0029
+# %% ../../nbs/04_synthetic/05_render.ipynb #c0042
 class SyntheticSource:
     """Synthetic faces, to be packed.
 

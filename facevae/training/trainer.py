@@ -26,7 +26,7 @@ from ..core import FaceVAEError, progress_bar
 from ..data.loader import Batch, Batches, choose_source, pin, to_device
 from ..data.store import FaceStore
 from ..model.inference import evaluation_mode
-from ..model.losses import loss_terms, weight_terms
+from ..model.losses import check_terms, loss_terms, weight_terms
 from ..model.pretrained import model_card
 from ..model.vae import Block, FaceVAE, Upsample, paste_background
 from .checkpoint import TrainerState, load_best, load_checkpoint, save_best, save_checkpoint
@@ -39,7 +39,7 @@ from facevae.training.hardware import (
     use_threads,
 )
 from .optimizer import ClippedAdam
-from .run import RunDirectory
+from .run import RunDirectory, used_plugins
 from facevae.training.step import (
     CapturedStep,
     FiniteWatch,
@@ -92,7 +92,8 @@ def train_command(config: RunConfig) -> str:
     seed = ["--seed", str(config.seed)] if config.seed else []
     settings = [word for setting in format_settings(config) for word in ("--set", setting)]
     start = ["facevae", "train", "--hypothesis", config.hypothesis, "--data", "STORE", "--out", "RUN"]
-    return shlex.join(start + preset + seed + settings)
+    plugins = [word for plugin in used_plugins(config) if plugin.text for word in ("--plugin", plugin.name)]
+    return shlex.join(start + preset + seed + settings + plugins)
 
 
 def run_model_card(
@@ -108,23 +109,19 @@ def run_model_card(
     weights = ", ".join(f"{name} {value:g}" for name, value in config.weights.items())
     source, kept = store.manifest.source, f"those of step {best_step:,}, " if best_step else ""
     numbers = ("count", "seed", "size") if source.get("kind") == "synthetic" else ()
+    known = [f"{key} {source[key]}" for key in numbers if key in source]
     faces = ", ".join(f"{len(store.rows(split)):,} {split}" for split in ("train", "val", "test"))
     facts = {
         "hypothesis": config.hypothesis,
         "loss": f"{objective}; weights: {weights}",
-        "network": f"{config.size} x {config.size} pixels, width {config.width:g}, "
+        "network": f"{config.network}, {config.size} x {config.size} pixels, width {config.width:g}, "
         f"{config.latent_dim} latents, sampling {config.sampling}",
         "training": f"{config.steps:,} steps of {config.batch_size} faces, learning rate "
         f"{config.learning_rate:g} ({config.schedule}), seed {config.seed}, preset {config.preset}",
         "command": train_command(config),
         "weights kept": f"{kept}of the lowest validation loss",
         "faces": f"{faces}, packed at {store.size} pixels",
-        "source of the faces": ", ".join(
-            [
-                str(source.get("kind", "not named")),
-                *(f"{key} {source[key]}" for key in numbers if key in source),
-            ]
-        ),
+        "source of the faces": ", ".join([str(source.get("kind", "not named")), *known]),
         "label scheme": store.manifest.scheme,
         "counted as face": ", ".join(config.face_parts),
         "fingerprint of the store": store.fingerprint,
@@ -172,9 +169,11 @@ class Trainer:
         )
         self.model = accelerator.prepare(sync_batch_norm(model, self.device))
         self.terms = parse_terms(config.terms)
+        check_terms(self.terms, config.size, self.device, config.mask)
         self.names = [*self.terms, "kl", *["mask_bce", "mask_dice"] * config.mask]
         self.watch = FiniteWatch(self.names, self.device)
         self.values = torch.zeros(len(self.names), device=self.device)  # raw loss terms of the last step
+        check_terms(self.terms, config.size, self.device, config.mask)
         options = dict(size=config.size, batch_size=config.batch_size, parts=config.face_parts)
         options |= dict(device=self.device, shard=self.shard)
         self.data = Batches(store, "train", seed=config.seed, flip=config.flip, **options)
