@@ -120,7 +120,6 @@ def cli_train(
     accept_code: AcceptCodeOption = False,
     plugin: PluginOption = None,
     dry_run: DryRunOption = False,
-    plugin: PluginOption = None,
 ):
     """Train and evaluate one hypothesis; goes on from its last checkpoint when it was interrupted."""
     from facevae.config import make_config, parse_settings
@@ -243,7 +242,6 @@ def cli_ablate(
     accept_code: AcceptCodeOption = False,
     plugin: PluginOption = None,
     dry_run: DryRunOption = False,
-    plugin: PluginOption = None,
 ):
     """Run the study: each hypothesis with each seed, then the figures. Given again, it does the rest."""
     from facevae.config import parse_settings
