@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'COMPANION_FILES', 'printable', 'FaceVAEError', 'MissingFile', 'UnreadableFile', 'reading',
            'shown_error', 'choices_hint', 'is_surrounding', 'surrounding_problem', 'check_writable', 'error_sentence',
-           'file_digest', 'progress_bar', 'bundled_models', 'model_folder', 'command_directory', 'notebook_path']
+           'file_digest', 'ProgressLines', 'progress_bar', 'bundled_models', 'model_folder', 'command_directory',
+           'notebook_path']
 
 # %% ../nbs/00_core.ipynb #c0002
 import contextlib
@@ -204,6 +205,23 @@ def file_digest(path: str | Path, progress: bool = False) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #c0022
+class ProgressLines(tqdm):
+    """A bar for a log file: a whole line at the beginning, now and then, and at the end."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write where it is, in a line of its own."""
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+        return True
+
+    def close(self) -> None:
+        """Write the last line."""
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
+            self.display()
+
+
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
     """A progress bar that suits where it is shown.
 
@@ -212,9 +230,11 @@ def progress_bar(total: int, description: str, unit: str, shown: bool = True, do
     shown: off gives a bar that prints nothing.
     done: steps done before.
     """
-    interval = 0.2 if sys.stderr.isatty() else 30
-    options = dict(desc=description, unit=unit, disable=not shown, smoothing=0.05, mininterval=interval)
-    return tqdm(total=total, initial=done, **options)
+    options = dict(desc=description, unit=unit, disable=not shown, smoothing=0.05, total=total, initial=done)
+    if sys.stderr.isatty():
+        return tqdm(mininterval=0.2, **options)
+    line = "{desc}: {n_fmt}/{total_fmt} {unit}s in {elapsed}{postfix}"
+    return ProgressLines(mininterval=30, bar_format=line, **options)
 
 # %% ../nbs/00_core.ipynb #c0024
 DEFAULT_MODEL = "drawn-faces"  # H9 at 72 pixels
@@ -229,7 +249,10 @@ def bundled_models() -> dict[str, Path]:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder of a bundled model when `path` is its name and nothing is called so; else the path."""
+    """The folder of a model, which may be named by its run, or by its name when it came with the package."""
+    inner = Path(path) / "model"
+    if (inner / "model.safetensors").is_file():
+        return inner
     return Path(path) if os.path.lexists(path) else bundled_models().get(str(path), Path(path))
 
 # %% ../nbs/00_core.ipynb #c0027

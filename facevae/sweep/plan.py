@@ -269,10 +269,9 @@ def plan_sweep(
     part = select_runs(specs, only) if only else specs
     for spec in part:
         spec.done(store, accept_code)
-    if not write:
-        return part
-    _write_sweep(out, fields, chosen, seeds)
-    for spec in specs:
+    if write:
+        _write_sweep(out, fields, chosen, seeds)
+    for spec in specs if write else []:
         with contextlib.suppress(FaceVAEError, OSError):  # what is in the way is said when the run is begun
             write_pending(spec.run.path, steps=spec.config.steps)
     return part
