@@ -167,10 +167,11 @@ class Trainer:
                 module.momentum = config.norm_momentum
             if isinstance(module, (Block, Upsample)):
                 module[0].bias.requires_grad_(False)  # the normalisation behind it cancels it
+        self.model = accelerator.prepare(sync_batch_norm(model, self.device))
+        # Last, because what distributes a model gives its parameters other memory.
         self.optimizer = ClippedAdam(
             model.parameters(), config.learning_rate, config.adam_epsilon, config.clip_norm
         )
-        self.model = accelerator.prepare(sync_batch_norm(model, self.device))
         self.terms = parse_terms(config.terms)
         self.names = [*self.terms, "kl", *["mask_bce", "mask_dice"] * config.mask]
         self.watch = FiniteWatch(self.names, self.device)
