@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..core import FaceVAEError
+
 # %% ../../nbs/09_training/01_optimizer.ipynb #c0004
 ALIGNMENT = 16  # 32-bit floats: 64 bytes
 
@@ -70,7 +72,12 @@ class ClippedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Clip the gradients that `backward` has left, apply them, and forget them."""
+        """Clip the gradients that `backward` has left, apply them, and forget them.
+
+        Raises FaceVAEError when the parameters have got other memory meanwhile, and would not be trained.
+        """
+        if self.parameters[0].data_ptr() != self.flat.data_ptr():
+            raise FaceVAEError("The model was moved after its optimiser was made. Make the optimiser last.")
         gradients = [
             self.zeros[: p.numel()].view(p.shape) if p.grad is None else p.grad for p in self.parameters
         ]

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
 from ..atomic_io import atomic_directory
@@ -52,7 +52,7 @@ from facevae.training.step import (
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0012
 @torch.no_grad()
-def sample_rows(vae: FaceVAE, batch: Batch) -> dict[str, torch.Tensor]:
+def sample_rows(vae: FaceVAE, batch: Batch) -> dict[str, Tensor]:
     """Named rows of images (B, 3, H, W) in [0, 1] that show what a model does to a batch."""
     with evaluation_mode(vae):
         out = vae(batch.images, sample=False)
@@ -64,7 +64,7 @@ def sample_rows(vae: FaceVAE, batch: Batch) -> dict[str, torch.Tensor]:
     return rows
 
 
-def labelled_rows(rows: dict[str, torch.Tensor], gap: int = 2, label_width: int = 96) -> Image.Image:
+def labelled_rows(rows: dict[str, Tensor], gap: int = 2, label_width: int = 96) -> Image.Image:
     """One image of rows of images, each row with its name on the left.
 
     rows: named float tensors (B, 3, H, W) in [0, 1].
@@ -131,7 +131,7 @@ def run_model_card(
     return model_card(f"{config.hypothesis} ({objective})", facts, origin, metrics)
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0022
-LossTerms = dict[str, torch.Tensor]
+LossTerms = dict[str, Tensor]
 
 
 class Trainer:
@@ -164,10 +164,11 @@ class Trainer:
                 module.momentum = config.norm_momentum
             if isinstance(module, (Block, Upsample)):
                 module[0].bias.requires_grad_(False)  # the normalisation behind it cancels it
+        self.model = accelerator.prepare(sync_batch_norm(model, self.device))
+        # Last, because what distributes a model gives its parameters other memory.
         self.optimizer = ClippedAdam(
             model.parameters(), config.learning_rate, config.adam_epsilon, config.clip_norm
         )
-        self.model = accelerator.prepare(sync_batch_norm(model, self.device))
         self.terms = parse_terms(config.terms)
         check_terms(self.terms, config.size, self.device, config.mask)
         self.names = [*self.terms, "kl", *["mask_bce", "mask_dice"] * config.mask]
@@ -189,7 +190,7 @@ class Trainer:
         return self.accelerator.unwrap_model(self.model)
 
     def objective(
-        self, model: nn.Module, images: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor, **options
+        self, model: nn.Module, images: Tensor, mask: Tensor, noise: Tensor, **options
     ) -> LossTerms:
         """Raw loss terms of a batch; options: of `loss_terms`."""
         bf16 = self.precision == "bf16"
@@ -197,18 +198,16 @@ class Trainer:
             out = model(images, noise=noise, sample=True)
         return loss_terms(out, images, mask if self.config.mask else None, self.terms, **options)
 
-    def _training_terms(self, images: torch.Tensor, mask: torch.Tensor, noise: torch.Tensor) -> LossTerms:
+    def _training_terms(self, images: Tensor, mask: Tensor, noise: Tensor) -> LossTerms:
         return self.objective(self.model, images, mask, noise, reduce=sum_over_processes)
 
-    def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
         """All that step number `step` is given, in the processor's memory; see `_step`."""
         noise = step_noise(self.config, step, self.config.batch_size)[self.data.part]
         numbers = torch.tensor(step + 1), torch.tensor(learning_rate(self.config, step))
         return *(pin(value, self.device) for value in (noise, *numbers)), *self.data.inputs(step)
 
-    def _step(
-        self, noise: torch.Tensor, number: torch.Tensor, rate: torch.Tensor, *parts: torch.Tensor
-    ) -> None:
+    def _step(self, noise: Tensor, number: Tensor, rate: Tensor, *parts: Tensor) -> None:
         """A step, as a function that reads and changes tensors on the device and never waits for them.
 
         noise: (B, latent_dim).
@@ -235,11 +234,11 @@ class Trainer:
         self.run_step(*self.inputs(step))
         return dict(zip(self.names, self.values.unbind()))
 
-    def _run(self, *inputs: torch.Tensor) -> None:
+    def _run(self, *inputs: Tensor) -> None:
         """A step kernel by kernel. inputs: what `inputs` gives."""
         self._step(*(to_device(value, self.device) for value in inputs))
 
-    def _run_first(self, *inputs: torch.Tensor) -> None:
+    def _run_first(self, *inputs: Tensor) -> None:
         """The first step, compiled; if that fails, what it has changed is undone, and it runs as written."""
         kept = [buffer.clone() for buffer in self.vae.buffers()]
         try:
