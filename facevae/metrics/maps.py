@@ -299,11 +299,11 @@ def _check_ranges(names: Iterable[str], ranges: Tensor) -> None:
             )
 
 
-def _groups(target: Tensor, views: int) -> list[slice]:
-    """Rows that are judged together, for so many predictions of each original."""
-    # 18 images of 144 px and their maps fit a processor's cache; 512 and theirs take an accelerator 2 GB.
-    images = 18 if target.device.type == "cpu" else 512
-    group = max(1, images * 144**2 // (target.shape[-2] * target.shape[-1] * views))
+def _groups(target: Tensor) -> list[slice]:
+    """Rows of the originals that are judged together, in all their views."""
+    # Six images of 144 px and their maps fit a processor's cache; an accelerator has room for many.
+    group = (6 if target.device.type == "cpu" else 128) * 144**2 // (target.shape[-2] * target.shape[-1])
+    group = max(1, group)
     return [slice(start, start + group) for start in range(0, len(target), group)]
 
 
@@ -325,7 +325,7 @@ def pool_views(
     if not len(target):
         return {view: dict.fromkeys(rules, target.new_zeros(0, dtype=torch.float32)) for view in views}
     parts = {view: {name: [] for name in rules} for view in views}
-    ranges, groups = _ranges([*preds, target]), _groups(target, len(preds))
+    ranges, groups = _ranges([*preds, target]), _groups(target)
     with torch.autocast(target.device.type, enabled=False):
         for rows in groups:
             originals = CachedImages(target[rows].float().contiguous())

@@ -207,7 +207,7 @@ def first_gpu() -> str | None:
     if not first.isdecimal():
         return first
     _, answer = run_program("nvidia-smi", "-i", first, "--query-gpu=uuid", "--format=csv,noheader")
-    return answer if answer.startswith("GPU-") else None
+    return next((line for line in answer.splitlines() if line.startswith("GPU-")), None)
 
 # %% ../../nbs/10_sweep/03_cluster.ipynb #c0013
 RUN_KEY = "facevae-run-"  # how Dask's keys of the runs begin, whichever sweep they are of

@@ -55,7 +55,7 @@ def sweep_workers(specs: list[RunSpec], data: str | Path, requested: int | None 
     """`choose_workers` for the runs of a sweep, of which the dearest is measured when that matters."""
 
     def measure_memory() -> tuple[int, list[int]]:
-        answer = measure(dearest(specs), data, worker_environment(0, len(visible_gpus())))
+        answer = measure(dearest(specs), data, worker_environment(0, 1))  # which sees every GPU
         return answer["memory"], answer["free"]
 
     return choose_workers(requested, len(specs), measure_memory)
