@@ -106,8 +106,8 @@ class Registry(dict):
                 f"{str(name)[:60]!r} cannot be the name of a {self.kind}. Write up to 20 small letters, "
                 "digits and underscores, a letter first."
             )
-        if isinstance(function, str):  # the library's own
-            self[name] = entry
+        if isinstance(function, str) and function.startswith("facevae.") and name not in self:
+            self[name] = entry  # the library's own
             return
         if not callable(function):
             raise FaceVAEError(f"The {self.kind} '{name}' is {function!r}. Register a function.")
@@ -177,23 +177,22 @@ def _all_or_nothing(plugin: Plugin) -> Iterator[None]:
     """Registers for a plugin. What goes wrong becomes a FaceVAEError; the registries are then as before."""
     before = [(registry, dict(registry), dict(registry.plugins)) for registry in REGISTRIES]
     _loading.append(plugin)
-    where = f"plugin '{plugin.path or plugin.name}'"
     try:
         yield
         return
     except SyntaxError as error:
-        problem = f"The {where} is not valid Python (line {error.lineno}: {error.msg})."
+        cause, problem = error, f"is not valid Python (line {error.lineno}: {error.msg})."
     except FaceVAEError as error:
-        problem = f"The {where} cannot be used. {error}"
+        cause, problem = error, f"cannot be used. {error}"
     except (Exception, SystemExit) as error:
-        problem = f"The {where} failed while it was loaded ({type(error).__name__}: {error}). Mend it."
+        cause, problem = error, f"failed while it was loaded ({type(error).__name__}: {error}). Mend it."
     finally:
         _loading.pop()
     for registry, entries, plugins in before:
         for now, then in ((registry, entries), (registry.plugins, plugins)):
             now.clear()
             now.update(then)
-    raise FaceVAEError(problem)
+    raise FaceVAEError(f"The plugin '{plugin.path or plugin.name}' {problem}") from cause
 
 
 def _forget(plugin: Plugin) -> None:

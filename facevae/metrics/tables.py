@@ -130,7 +130,9 @@ def _take_in(described: Mapping[str, Any]) -> None:
     for name, facts in list(described.items())[:MAX_OWN_METRICS]:
         facts = facts if isinstance(facts, dict) else {}
         better, label, digits = (facts.get(key) for key in ("better", "label", "digits"))
-        fits = better in _BETTER.values() and isinstance(label, str) and digits in range(10)
+        fits = (
+            better in _BETTER.values() and isinstance(label, str) and type(digits) is int and 0 <= digits < 10
+        )
         if fits:
             METRICS.describe(name, _own_metric(name, better, printable(label)[:40], digits, None))
 

@@ -198,7 +198,7 @@ def check_terms(terms: tuple[str, ...], size: int, device: torch.device, mask: b
     for name in terms:
         origin = f" of {TERMS.plugins[name].name}" if name in TERMS.plugins else ""
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
                 value = term_value(name, pred, target)
                 (gradient,) = torch.autograd.grad(value, pred)
         except FaceVAEError:
