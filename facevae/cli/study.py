@@ -73,9 +73,8 @@ def result_sentence(run) -> str:
     means = table[table["view"] == "face"].mean(numeric_only=True)
     known = [METRICS[name] for name in SAID_METRICS if name in means]
     numbers = ", ".join(f"{one.label} {means[one.name]:.{one.digits}f} {one.arrow}" for one in known)
-    return (
-        f"On {table.image.nunique():,} test faces (face view): {numbers}. Faces: {run.path / 'samples.png'}"
-    )
+    images, faces = f"{table.image.nunique():,} test faces", run.path / "samples.png"
+    return f"On {images} (face view): {numbers}. Faces: {faces}"
 
 
 def cli_train(
@@ -295,11 +294,11 @@ def cli_settings(preset: PresetOption = "quick"):
     """List the settings of a run, for --set KEY=VALUE: defaults of the preset, and meanings."""
     from facevae.config import make_config
 
-    meanings, defaults = setting_meanings(), make_config("H9", preset).model_dump()
+    meanings, config = setting_meanings(), make_config("H9", preset)
     for name in ("hypothesis", "terms", "mask", "seed", "preset"):  # which have options of their own
         meanings.pop(name)
     for name, meaning in meanings.items():
-        value = defaults[name]
+        value = getattr(config, name)
         text = (
             json.dumps(value) if isinstance(value, (dict, list, tuple, bool)) or value is None else str(value)
         )
