@@ -60,8 +60,8 @@ def run_sentence(config, store) -> str:
         title += f" ({config.terms}, {'with' if config.mask else 'without'} masks)"
     return (
         f"{title}, preset {config.preset}, seed {config.seed}: {config.steps:,} steps of {config.batch_size} "
-        f"images at {size}, width {config.width:g}; {faces['train']:,} faces to train on, {faces['val']:,} to "
-        f"validate, {faces['test']:,} to test; on {'a GPU' if visible_gpus() else 'the processor'}."
+        f"images at {size}, width {config.width:g}; {faces['train']:,} faces to train on, {faces['val']:,} "
+        f"to validate, {faces['test']:,} to test; on {'a GPU' if visible_gpus() else 'the processor'}."
     )
 
 
