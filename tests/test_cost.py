@@ -150,3 +150,8 @@ def test_auto_measures_a_run_only_when_a_gpu_may_be_shared(store, tmp_path, monk
     chosen = sweep_workers(specs, store)
     assert chosen.count == 2 and measured == ["H9"]
     assert chosen.why == "Chosen for 4.0 GB a run, 12.0 GB free on a GPU, 16 processor cores and 3 runs."
+
+
+def test_the_report_says_how_many_runs_went_at_a_time(study):
+    chosen = read_object(study / "sweep.json")["workers"]
+    assert " of this machine. Chosen for " in chosen and chosen in (study / "report.html").read_text()
