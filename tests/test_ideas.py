@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,19 @@ def test_commands_on_a_model_take_the_plugin(study, tmp_path):
     assert "plugin that is not loaded" in facevae_here(*command).stderr
     done = facevae_here(*command, "--plugin", IDEAS)
     assert done.returncode == 0 and any((tmp_path / "out").glob("*.png")), done.stderr
+
+
+def test_the_report_and_the_page_load_the_same_files(study, monkeypatch):
+    import facevae.sweep.plan as plan
+
+    started = []
+    monkeypatch.setattr(plan, "start_notebook", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(plan, "wait_for_notebook", lambda process: None)
+    plan.run_report(study)
+    load_plugin(IDEAS)
+    plan.run_report(study)
+    parameters = [arguments[2] for arguments in started]
+    assert "plugins" not in parameters[0] and parameters[1]["plugins"] == shlex.join([str(IDEAS)])
 
 
 BROKEN = {
