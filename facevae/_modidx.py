@@ -2141,6 +2141,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'facevae/training/optimizer.py'),
                                             'facevae.training.optimizer.ClippedAdam.variables': ( '09_training/optimizer.html#clippedadam.variables',
                                                                                                   'facevae/training/optimizer.py'),
+                                            'facevae.training.optimizer.ClippedAdam.zero_grad': ( '09_training/optimizer.html#clippedadam.zero_grad',
+                                                                                                  'facevae/training/optimizer.py'),
                                             'facevae.training.optimizer._in_memory_order': ( '09_training/optimizer.html#_in_memory_order',
                                                                                              'facevae/training/optimizer.py')},
             'facevae.training.run': { 'facevae.training.run.RunDirectory': ('09_training/run.html#rundirectory', 'facevae/training/run.py'),

@@ -55,6 +55,7 @@ from facevae.model.vae import FaceVAE, ModelConfig
 from facevae.sweep.runner import execute_notebook
 from facevae.synthetic.render import SyntheticSource
 from facevae.training.checkpoint import BEST_FILE, load_best, load_checkpoint, save_best, save_checkpoint
+from facevae.training.optimizer import ClippedAdam
 from facevae.training.run import RunDirectory
 from facevae.training.trainer import train
 
@@ -115,7 +116,7 @@ def originals(tmp_path_factory):
     pack(SyntheticSource(count=16, seed=3, size=36), folder / "store", progress=False)
     torch.manual_seed(0)
     vae = FaceVAE(SMALL)
-    optimizer = torch.optim.Adam(vae.parameters())
+    optimizer = ClippedAdam(vae.parameters())
     for step in (1, 2, 3):
         optimizer.zero_grad()
         vae(torch.rand(2, 3, 36, 36)).recon.mean().backward()
@@ -204,7 +205,7 @@ def test_payload_in_a_model_of_the_hub(things, tmp_path, monkeypatch):
 def test_payload_in_a_checkpoint(things, tmp_path, how):
     folder = things / "checkpoint"
     vae = FaceVAE(SMALL)
-    optimizer = torch.optim.Adam(vae.parameters())
+    optimizer = ClippedAdam(vae.parameters())
     plant(folder / "step-00000003.safetensors", how, tmp_path / "executed")
     with pytest.warns(UserWarning, match="step-00000003.safetensors' is passed over"):
         assert load_checkpoint(folder, vae, optimizer)["step"] == 2
@@ -751,7 +752,7 @@ def test_links_lead_nowhere(things, tmp_path):
     assert "leads out of" in refused(run.save_samples, 1, Image.new("RGB", (4, 4)))
     vae = FaceVAE(SMALL)
     assert "leads out of" in refused(
-        save_checkpoint, run.checkpoints, 1, vae, torch.optim.Adam(vae.parameters()), {}
+        save_checkpoint, run.checkpoints, 1, vae, ClippedAdam(vae.parameters()), {}
     )
     assert "leads out of" in refused(save_best, run.checkpoints, 1, vae)
     run.update(state="pending")
@@ -953,7 +954,7 @@ def content_of_checkpoint(path: Path):
     """What is restored; None stands for a training that starts from the beginning."""
     torch.manual_seed(0)
     vae = FaceVAE(SMALL)
-    optimizer = torch.optim.Adam(vae.parameters())
+    optimizer = ClippedAdam(vae.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         numbers = load_checkpoint(path, vae, optimizer)

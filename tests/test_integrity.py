@@ -31,6 +31,7 @@ from facevae.synthetic.render import SyntheticSource
 from facevae.training.checkpoint import load_checkpoint, save_checkpoint
 from facevae.training.evaluation import evaluate_run
 from facevae.training.files import RESULT_FILES
+from facevae.training.optimizer import ClippedAdam
 from facevae.training.run import RunDirectory, RunInterrupted, read_state, read_status
 from facevae.training.trainer import train
 
@@ -274,7 +275,7 @@ def broken(request, monkeypatch):
 @pytest.mark.parametrize("name", ["step-", "best.safetensors", "seed0/checkpoint"])
 def test_training_does_not_begin_again_because_a_checkpoint_cannot_be_read(made, broken, name):
     model, before = FaceVAE(RunDirectory(made.run).config.model), contents(made.run / "checkpoint")
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = ClippedAdam(model.parameters())
     broken(name)
     with pytest.raises(UnreadableFile, match="could not be read"):
         load_checkpoint(made.run / "checkpoint", model, optimizer)
@@ -343,7 +344,7 @@ def test_models_and_directions_that_cannot_be_read_are_not_taken_for_missing(mad
 
 def test_damaged_checkpoints_are_set_aside_and_not_deleted(tmp_path):
     model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = ClippedAdam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     for step in (4, 8):

@@ -29,10 +29,16 @@ class ClippedAdam(torch.optim.Adam):
     learning_rate: of the first step; later ones are written into the tensor of this name.
     epsilon: added to the root of the second moment.
     clip_norm: largest norm of a variable's gradient, 0 for no clipping.
+
+    The defaults are the paper's.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], learning_rate: float, epsilon: float, clip_norm: float
+        self,
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float = 1e-4,
+        epsilon: float = 1e-7,
+        clip_norm: float = 1e-3,
     ):
         self.parameters, self.clip_norm = list(parameters), clip_norm
         self.channels_last = [p.dim() == 4 and not p.is_contiguous() for p in self.parameters]
@@ -86,9 +92,13 @@ class ClippedAdam(torch.optim.Adam):
             norms = torch.stack(torch._foreach_norm(gradients))
             scales = self.clip_norm / norms.clamp_(min=self.clip_norm)
             self.flat.grad.mul_(scales.index_select(0, self.variable))
+        self.zero_grad()
+        super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what `backward` has left; set_to_none: as PyTorch has it, and always done."""
         for parameter in self.parameters:
             parameter.grad = None
-        super().step()
 
     def gradients(self) -> list[Tensor]:
         """The clipped gradient of each parameter in the last step."""
