@@ -192,8 +192,8 @@ class FaceVAE(nn.Module, Pretrained):
         """Lay out weights as convolutions want them: channels last, but the first of each decoder; itself."""
         self.to(memory_format=torch.channels_last)
         for decoder in filter(None, (self.image_decoder, self.mask_decoder)):
-            weight = decoder[0][0].weight
-            weight.data = weight.data.contiguous()
+            if isinstance(decoder[0], Upsample):  # of the paper's network
+                decoder[0][0].weight.data = decoder[0][0].weight.data.contiguous()
         return self
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

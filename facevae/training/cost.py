@@ -49,7 +49,7 @@ def _time_steps(trainer: Trainer) -> tuple[int, float]:
 
     first = 3 if trainer.device.type == "cuda" else 1
     take(first)
-    trainer.choose_source()  # as `train` does, once memory is known
+    trainer.settle(next(steps))  # as `train` does, once memory is known
     take(first - 1)  # the first ones of what was chosen
     count = 5
     seconds = take(count)

@@ -170,7 +170,6 @@ class Trainer:
             model.parameters(), config.learning_rate, config.adam_epsilon, config.clip_norm
         )
         self.terms = parse_terms(config.terms)
-        check_terms(self.terms, config.size, self.device, config.mask)
         self.names = [*self.terms, "kl", *["mask_bce", "mask_dice"] * config.mask]
         self.watch = FiniteWatch(self.names, self.device)
         self.values = torch.zeros(len(self.names), device=self.device)  # raw loss terms of the last step
