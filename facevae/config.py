@@ -303,7 +303,7 @@ def make_config(
         )
         raise FaceVAEError(f"The settings do not fit: {problems}.") from None
 
-# %% ../nbs/06_config.ipynb #c0037
+# %% ../nbs/06_config.ipynb #c0038
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Overrides from "key=value" texts, as the command line takes them; "weights.l2=50" sets one weight.
 
@@ -339,7 +339,7 @@ def format_settings(config: RunConfig) -> list[str]:
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()
     ]
 
-# %% ../nbs/06_config.ipynb #c0041
+# %% ../nbs/06_config.ipynb #c0042
 def check_parameters(variables: dict[str, Any], known: list[str]) -> None:
     """Refuse a parameter that a notebook does not have.
 

@@ -142,7 +142,7 @@ def computed_metrics() -> list[str]:
     load_installed_plugins()
     return [name for name in METRICS if name not in METRICS.described]
 
-# %% ../../nbs/07_metrics/00_tables.ipynb #c0012
+# %% ../../nbs/07_metrics/00_tables.ipynb #c0013
 VIEWS = ("raw", "composite", "face", "predicted")
 MAX_LATENTS = 2**16
 LATENT_COLUMNS = ("dimension", "kl", "mean_variance", "noise", "active")

@@ -192,7 +192,7 @@ class FaceVAE(nn.Module, Pretrained):
         """Lay out weights as convolutions want them: channels last, but the first of each decoder; itself."""
         self.to(memory_format=torch.channels_last)
         for decoder in filter(None, (self.image_decoder, self.mask_decoder)):
-            if isinstance(decoder[0], Upsample):  # of the paper's network
+            if isinstance(decoder[0][0], nn.ConvTranspose2d):  # of the paper's network
                 decoder[0][0].weight.data = decoder[0][0].weight.data.contiguous()
         return self
 
