@@ -1385,6 +1385,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'facevae/model/pretrained.py'),
                                           'facevae.model.pretrained.Pretrained.generate_model_card': ( '08_model/pretrained.html#pretrained.generate_model_card',
                                                                                                        'facevae/model/pretrained.py'),
+                                          'facevae.model.pretrained.Pretrained.photo_note': ( '08_model/pretrained.html#pretrained.photo_note',
+                                                                                              'facevae/model/pretrained.py'),
                                           'facevae.model.pretrained.find_model_files': ( '08_model/pretrained.html#find_model_files',
                                                                                          'facevae/model/pretrained.py'),
                                           'facevae.model.pretrained.metrics_section': ( '08_model/pretrained.html#metrics_section',

@@ -63,11 +63,17 @@ PluginOption = Annotated[
 ]
 
 
-def load_model(model: str, device: str | None = None):
-    """A FaceVAE from a folder or a hub id, on a device."""
+def load_model(model: str, device: str | None = None, for_photos: bool = False):
+    """A FaceVAE from a folder or a hub id, on a device.
+
+    for_photos: say what one must know before it is shown one.
+    """
     from facevae.model.vae import FaceVAE
 
-    return FaceVAE.from_pretrained(model).to(choose_device(device))
+    vae = FaceVAE.from_pretrained(model).to(choose_device(device))
+    if for_photos and vae.photo_note:
+        typer.echo(f"facevae: note: {vae.photo_note}", err=True)
+    return vae
 
 
 def _open_store(path: Path | None):
@@ -103,7 +109,7 @@ def cli_reconstruct(
     """
     from facevae.editing.photos import find_photos, reconstruct_files
 
-    vae = load_model(model, device)
+    vae = load_model(model, device, for_photos=True)
     if landmarks and len(find_photos(photos, out)) > 1:
         raise FaceVAEError("--landmarks are those of one photo. Give one photo at a time.")
     points = _parse_landmarks(landmarks)
@@ -149,7 +155,7 @@ def cli_edit(
         raise FaceVAEError(
             f"--amount {amount:g} is no sensible amount. Give a number from -100 to 100; 1 or 2 is usual."
         )
-    vae, points = load_model(model, device), _parse_landmarks(landmarks)
+    vae, points = load_model(model, device, for_photos=True), _parse_landmarks(landmarks)
     direction = find_direction(attribute, vae, _open_store(data), directions)
     plain, _ = reconstruct_photo(vae, photo, align, points)
     edited, pasted = reconstruct_photo(vae, photo, align, points, amount * direction.vector)
@@ -209,7 +215,7 @@ def cli_interpolate(
             f"--landmarks is given {len(landmarks)} times for {len(photos)} photos. Give it once for each, "
             "in their order."
         )
-    vae = load_model(model, device)
+    vae = load_model(model, device, for_photos=True)
     points = [_parse_landmarks(text) for text in landmarks or [None] * len(photos)]
     crops = [prepare_photo(path, align, where).crop for path, where in zip(photos, points)]
     means = encode_images(vae, crops)  # (N, latent_dim)

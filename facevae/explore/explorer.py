@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -238,7 +239,9 @@ class LatentExplorer(widgets.VBox):
         upload = change["new"][0]
         self.controls.upload.value = ()  # the same file may be given again
         self.message.show(f"Reading {upload['name']} …")
-        self.show_face(uploaded_face(upload["content"], upload["name"], self.controls.align.value))
+        face = uploaded_face(upload["content"], upload["name"], self.controls.align.value)
+        notes = dict.fromkeys(model.vae.photo_note for model in self.models)
+        self.show_face(replace(face, remark=" ".join(filter(None, [face.remark, *notes]))))
 
     def show_face(self, face: ExplorerFace) -> None:
         """Explore a face; the sliders stay as they are."""
