@@ -1356,6 +1356,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'facevae/model/losses.py'),
                                       'facevae.model.losses.ms_ssim_loss': ('08_model/losses.html#ms_ssim_loss', 'facevae/model/losses.py'),
                                       'facevae.model.losses.ssim_loss': ('08_model/losses.html#ssim_loss', 'facevae/model/losses.py'),
+                                      'facevae.model.losses.term_functions': ( '08_model/losses.html#term_functions',
+                                                                               'facevae/model/losses.py'),
                                       'facevae.model.losses.term_value': ('08_model/losses.html#term_value', 'facevae/model/losses.py'),
                                       'facevae.model.losses.weight_terms': ( '08_model/losses.html#weight_terms',
                                                                              'facevae/model/losses.py')},

@@ -127,6 +127,19 @@ def rewrite(path, **changes):
     write_object(path, read_object(path) | changes)
 
 
+@contextlib.contextmanager
+def forgotten():
+    """What is registered meanwhile is forgotten afterwards."""
+    from facevae.registry import PLUGINS, REGISTRIES
+
+    kept = [(table, dict(table)) for registry in REGISTRIES for table in (registry, registry.plugins)]
+    kept.append((PLUGINS, dict(PLUGINS)))
+    yield
+    for table, before in kept:
+        table.clear()
+        table.update(before)
+
+
 def let_manifest_agree(store, *names):
     """Give a store's manifest the digests that its files have now."""
     from facevae.core import file_digest

@@ -1,6 +1,5 @@
 """Terms, metrics and networks of one's own, and those that the paper does not have, as a user meets them."""
 
-import contextlib
 import json
 import shlex
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, facevae_here
+from conftest import TINY, facevae_here, forgotten
 
 from facevae.analysis.claims import SweepAnalysis
 from facevae.analysis.report import render_markdown
@@ -28,17 +27,6 @@ from facevae.training.trainer import train
 
 IDEAS = Path(__file__).parent / "data" / "my_ideas.py"
 OVERRIDES = parse_settings(TINY[1::2])
-
-
-@contextlib.contextmanager
-def forgotten():
-    """What is registered meanwhile is forgotten afterwards."""
-    kept = [(table, dict(table)) for registry in REGISTRIES for table in (registry, registry.plugins)]
-    kept.append((PLUGINS, dict(PLUGINS)))
-    yield
-    for table, before in kept:
-        table.clear()
-        table.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from unittest import mock
 import papermill
 import pytest
 import typer
-from conftest import ROOT
+from conftest import ROOT, forgotten
 
 from facevae.cli.app import app
 
@@ -35,10 +35,14 @@ def parse(command, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
-def test_a_command_line_is_understood(words):
+def test_a_command_line_is_understood(words, tmp_path, monkeypatch):
     program, *arguments = words
     if program == "facevae":
-        parse(typer.main.get_command(app), arguments)
+        monkeypatch.chdir(tmp_path)
+        (block,) = [block for block in blocks("python") if "register_term" in block]
+        (tmp_path / "my_ideas.py").write_text(block)  # the file that a command line names
+        with forgotten():
+            parse(typer.main.get_command(app), arguments)
     elif program == "make":
         assert (
             subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True).returncode == 0
@@ -110,4 +114,4 @@ def test_a_claim_of_your_own():
 def test_every_block_is_tested():
     languages = re.findall(r"^```(\w*)$", README, flags=re.M)[::2]
     assert set(languages) == {"sh", "python", "toml"}
-    assert len(blocks("python")) == 2 and len(blocks("toml")) == 1
+    assert len(blocks("python")) == 3 and len(blocks("toml")) == 1

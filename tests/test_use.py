@@ -13,9 +13,9 @@ from conftest import facevae, facevae_here, rewrite
 from PIL import Image
 
 from facevae.core import FaceVAEError
+from facevae.data.card import RESEARCH_ONLY_ORIGINS
 from facevae.data.loader import face_mask
 from facevae.editing import align
-from facevae.model.pretrained import RESEARCH_ONLY_ORIGINS
 from facevae.model.vae import FaceVAE, ModelConfig
 from facevae.synthetic.render import draw_faces
 

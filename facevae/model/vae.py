@@ -7,6 +7,7 @@ __all__ = ['ENCODER_STAGES', 'DECODER_CHANNELS', 'MASK_DECODER_CHANNELS', 'Block
            'make_network', 'FaceVAEOutput', 'FaceVAE', 'paste_background']
 
 # %% ../../nbs/08_model/04_vae.ipynb #c0002
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -192,8 +193,9 @@ class FaceVAE(nn.Module, Pretrained):
         """Lay out weights as convolutions want them: channels last, but the first of each decoder; itself."""
         self.to(memory_format=torch.channels_last)
         for decoder in filter(None, (self.image_decoder, self.mask_decoder)):
-            if isinstance(decoder[0][0], nn.ConvTranspose2d):  # of the paper's network
-                decoder[0][0].weight.data = decoder[0][0].weight.data.contiguous()
+            layers = (layer for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d))
+            for layer in itertools.islice(layers, 1):
+                layer.weight.data = layer.weight.data.contiguous()
         return self
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ from ..core import FaceVAEError, progress_bar
 from ..data.loader import Batch, Batches, choose_source, pin, to_device
 from ..data.store import FaceStore
 from ..model.inference import evaluation_mode
-from ..model.losses import check_terms, loss_terms, weight_terms
+from ..model.losses import check_terms, loss_terms, term_functions, weight_terms
 from ..model.pretrained import model_card
 from ..model.vae import Block, FaceVAE, Upsample, paste_background
 from .checkpoint import TrainerState, load_best, load_checkpoint, save_best, save_checkpoint
@@ -169,7 +169,7 @@ class Trainer:
         self.optimizer = ClippedAdam(
             model.parameters(), config.learning_rate, config.adam_epsilon, config.clip_norm
         )
-        self.terms = parse_terms(config.terms)
+        self.terms = term_functions(parse_terms(config.terms))
         self.names = [*self.terms, "kl", *["mask_bce", "mask_dice"] * config.mask]
         self.watch = FiniteWatch(self.names, self.device)
         self.values = torch.zeros(len(self.names), device=self.device)  # raw loss terms of the last step
