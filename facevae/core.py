@@ -219,7 +219,8 @@ class ProgressLines(tqdm):
         if not self.disable:
             self.disable = True
             self._decr_instances(self)
-            self.display()
+            if self.n != self.last_print_n:
+                self.display()
 
 
 def progress_bar(total: int, description: str, unit: str, shown: bool = True, done: int = 0) -> tqdm:
