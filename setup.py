@@ -4,7 +4,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
@@ -41,7 +41,8 @@ setup(
         "Intended Audience :: Science/Research",
     ],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["facevae", "facevae.*"]),
+    # Folders of data count as packages: setuptools warns of each that does not.
+    packages=find_namespace_packages(include=["facevae", "facevae.*"]),
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require={

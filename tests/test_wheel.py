@@ -20,7 +20,8 @@ def wheel(tmp_path_factory):
     left_out = (".git", ".venv", "demo", "runs", "__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*pip, str(folder), str(source)], check=True)
+    done = subprocess.run([*pip, str(folder), str(source)], check=True, capture_output=True, text=True)
+    assert "Package would be ignored" not in done.stderr, "setuptools warns of folders of data, 11 lines each"
     return next(folder.glob("facevae-*.whl"))
 
 
