@@ -93,10 +93,6 @@ def gain_words(gain: Gain) -> str:
     return f"{_percent(abs(gain.fraction))} % {word} ({interval})"
 
 
-def _losses(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def _mask_answer(sweep: Sweep, logs: pd.DataFrame, metrics: int) -> str:
     """Do masks help? Over all losses that have both, and where most and least."""
     runs = {name for name, _ in logs.columns} if len(logs) else set()
@@ -143,11 +139,9 @@ def _loss_answer(sweep: Sweep, question: str, logs: pd.DataFrame, metrics: int) 
     return " ".join(parts)
 
 
-def _best_answer(sweep: Sweep, logs: pd.DataFrame, metrics: int) -> str:
+def _best_answer(sweep: Sweep, summary: pd.DataFrame, logs: pd.DataFrame, metrics: int) -> str:
     """Which hypothesis has the best mean rank, and how far its errors lie below the next one's."""
-    ranks = (
-        metric_ranks(mean_over_seeds(mean_over_images(sweep.metrics))).mean(axis=1).sort_values(kind="stable")
-    )
+    ranks = metric_ranks(summary).mean(axis=1).sort_values(kind="stable")
     if len(ranks) < 2:
         return ""
     best, second = ranks.index[:2]
@@ -162,17 +156,22 @@ def _best_answer(sweep: Sweep, logs: pd.DataFrame, metrics: int) -> str:
     return f"{text}; its errors are {gain_words(gain)} than those of {second}{told}."
 
 
-def answers(sweep: Sweep, values: MetricValues | None = None) -> dict[str, str]:
+def answers(
+    sweep: Sweep, values: MetricValues | None = None, summary: pd.DataFrame | None = None
+) -> dict[str, str]:
     """One sentence for each question that a sweep can answer, by key of QUESTIONS.
 
     values: of the sweep, when there are some already.
+    summary: of the sweep, from `mean_over_seeds`, likewise.
     """
+    if summary is None:
+        summary = mean_over_seeds(mean_over_images(sweep.metrics))
     logs, metrics = log_errors(MetricValues(sweep.metrics) if values is None else values)
     found = {
         "masks": _mask_answer(sweep, logs, metrics),
         "standalone": _loss_answer(sweep, "standalone", logs, metrics),
         "with_ssim": _loss_answer(sweep, "with_ssim", logs, metrics),
-        "best": _best_answer(sweep, logs, metrics),
+        "best": _best_answer(sweep, summary, logs, metrics),
     }
     return {question: text for question, text in found.items() if text}
 

@@ -81,11 +81,15 @@ class Claim(BaseModel):
         return metrics
 
     @property
+    def sides(self) -> list[list[str]]:
+        """Those of first, and those of second, as it names them."""
+        return [[side] if isinstance(side, str) else side for side in (self.first, self.second)]
+
+    @property
     def compared(self) -> list[str]:
         """Everyone whom it names, as it names them."""
-        sides = [[side] if isinstance(side, str) else side for side in (self.first, self.second)]
-        names = [*sides[0], *sides[1], *(self.beyond or ())]
-        return [name for name in names if not name.startswith("others")]
+        named = itertools.chain(*self.sides, self.beyond or ())
+        return [name for name in named if not name.startswith("others")]
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0006
 MAX_CLAIMS_BYTES = 2**20
@@ -166,8 +170,7 @@ def decide_verdict(
 
 def worst_verdict(verdicts) -> str:
     """The verdict on a statement of several parts; those not measured do not count; undecided without any."""
-    counted = [verdict for verdict in verdicts if verdict in VERDICTS]
-    return min(counted, key=VERDICTS.index, default="undecided")
+    return min((one for one in verdicts if one in VERDICTS), key=VERDICTS.index, default="undecided")
 
 # %% ../../nbs/11_analysis/02_claims.ipynb #c0017
 def resolve_hypothesis(runs: pd.DataFrame, text: str) -> str:
@@ -189,7 +192,7 @@ def claim_pairs(runs: pd.DataFrame, claim: Claim) -> list[tuple[str, str, str]]:
 
     runs: `Sweep.runs`.
     """
-    firsts, seconds = ([names] if isinstance(names, str) else names for names in (claim.first, claim.second))
+    firsts, seconds = claim.sides
     if claim.first in ("others", "others without masks", "others with masks"):
         others = runs.drop_duplicates("hypothesis")
         others = others[others.hypothesis != resolve_hypothesis(runs, seconds[0])]
@@ -247,8 +250,7 @@ def _measure_part(
         first, unit = abs(style.error(blocks[0].mean())), abs(style.error(1.0) - style.error(0.0))
     scores = blocks if claim.expect in ("higher", "lower") else [style.score(block) for block in blocks]
     gains = sign * unit * _second_minus_first(scores)  # (images, seeds)
-    result = estimate(gains, resamples=resamples)
-    margin = claim.margin or 0.01
+    result, margin = estimate(gains, resamples=resamples), claim.margin or 0.01
     if not claim.margin and np.isfinite(authors) and authors and claim.expect != "not worse":
         margin = abs(authors) / errors[0] / 2
     return part | {
@@ -357,7 +359,7 @@ class SweepAnalysis:
     @cached_property
     def answers(self) -> dict[str, str]:
         """A sentence a question, from `facevae.analysis.answers.answers`."""
-        return answers(self.sweep, self.values)
+        return answers(self.sweep, self.values, self.summary)
 
     @cached_property
     def gaps(self) -> list[str]:
