@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from graph_stand_in import Replay
 from safetensors.torch import load_file
 
@@ -42,6 +43,15 @@ def take(trainer, steps):
 
 def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.vae.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def on_the_processor(monkeypatch):
+    """What stands in for a GPU is one only where there is none."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
