@@ -297,8 +297,8 @@ def test_an_installed_package_is_asked_for_a_name_that_is_not_known(text, expect
 
 def test_the_preset_modern_brings_its_own_hypothesis_network_and_weights(store, tmp_path):
     done = facevae_here("train", "--data", store, "--out", tmp_path / "run", "--preset", "modern", *TINY)
-    assert done.exit_code == 0, done.output
-    assert "ssim+l1+lpips+texture+mask, preset modern" in done.output
+    assert done.returncode == 0, done.stderr
+    assert "ssim+l1+lpips+texture+mask, preset modern" in done.stdout
     config = RunDirectory(tmp_path / "run").config
     assert (config.network, config.weights["texture"]) == ("modern", 8)
     command = (tmp_path / "run" / "model" / "README.md").read_text().split("facevae train ")[1].split("`")[0]
@@ -307,4 +307,4 @@ def test_the_preset_modern_brings_its_own_hypothesis_network_and_weights(store, 
     settings = parse_settings(value for word, value in zip(words, words[1:]) if word == "--set")
     assert make_config(given["--hypothesis"], given["--preset"], overrides=settings) == config
     refused = facevae_here("train", "--data", store, "--out", tmp_path / "other", *TINY)
-    assert refused.exit_code == 1 and "no hypothesis of its own" in refused.output
+    assert refused.returncode == 1 and "no hypothesis of its own" in refused.stderr
