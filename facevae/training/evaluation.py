@@ -23,6 +23,7 @@ from ..metrics.filters import SSIM_WINDOW_SIZE
 from ..metrics.image import compute_view_metrics, load_lpips, mask_iou, ms_ssim_scales
 from ..metrics.tables import METRICS, computed_metrics, own_metrics, save_table
 from ..model.inference import evaluation_mode
+from ..model.sampling import DISTANCE_COUNT, sample_distances
 from ..model.vae import FaceVAE, paste_background
 from .files import digest_results
 from .run import RunDirectory
@@ -201,7 +202,7 @@ def evaluation_batch_size(device: torch.device) -> int:
 def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> pd.DataFrame:
     """Evaluate a trained run on the test faces of its store, and mark it as done.
 
-    Writes metrics.parquet, latents.parquet and the model card.
+    Writes metrics.parquet, latents.parquet, distances.parquet and the model card.
 
     out: the run directory.
     data: the store.
@@ -213,11 +214,15 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
     with run.lock(config, store):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae = FaceVAE.from_pretrained(run.model).to(device, memory_format=torch.channels_last)
-        options = dict(size=config.size, parts=config.face_parts, limit=config.test_images or None)
-        batches = Batches(store, "test", batch_size=evaluation_batch_size(device), device=device, **options)
+        options = dict(parts=config.face_parts, batch_size=evaluation_batch_size(device))
+        limit = config.test_images or None
+        batches = Batches(store, "test", size=config.size, limit=limit, device=device, **options)
         latents = LatentUse()
         table = evaluate(vae, batches, progress=progress, latents=latents)
+        count = min(DISTANCE_COUNT, limit or DISTANCE_COUNT)
+        distances = sample_distances(vae, store, count, config.seed, **options)
         save_table(latents.table(), run.latents)
+        save_table(distances, run.distances)
         save_table(table, run.metrics)
         write_text(run.model / "README.md", run_model_card(config, store, run.status.get("best_step"), table))
         run.update(state="done", sha256=digest_results(run.path))
