@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .data import DeviceOption, choose_device
-from ..core import DEFAULT_MODEL, FaceVAEError, check_writable, choices_hint, printable
+from ..core import DEFAULT_MODEL, FaceVAEError, check_writable, printable
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0004
 ModelArgument = Annotated[
@@ -241,9 +241,6 @@ def _distances_text(distances) -> str:
     return "\n".join(lines)
 
 
-_SAMPLE_KINDS = {"prior": "", "posterior": "mixture", "gaussian": "gaussian"}  # of `sample_posterior`
-
-
 def cli_sample(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="The contact sheet.")],
@@ -279,20 +276,11 @@ def cli_sample(
 
     _check_ending(out, ".png")
     check_writable(out)
-    if source not in _SAMPLE_KINDS:
-        hint = choices_hint(source, _SAMPLE_KINDS)
-        raise FaceVAEError(f"--from '{source}' is nothing to sample from. {hint}")
-    if source != "prior" and data is None:
-        raise FaceVAEError(
-            f"--from {source} samples where faces are in the latent space. Give a store with --data, such as "
-            "the one that the model was trained on."
-        )
     vae, store = load_model(model, device), _open_store(data)
-    if source == "prior":
-        latents = sampling.sample_prior(vae.config.latent_dim, count, seed)
-    else:
+    faces = None
+    if store and source != "prior":
         faces = sampling.encode_store(vae, store, limit=sampling.MAX_ENCODED_FACES)
-        latents = sampling.sample_posterior(faces, count, seed, _SAMPLE_KINDS[source])
+    latents = sampling.sample_latents(vae, source, count, seed, faces)
     distances = None if store is None else sampling.sample_distances(vae, store, seed=seed)
     images = sampling.faces_on_white(*sampling.decode_latents(vae, latents))  # (count, 3, S, S)
     path = printable(str(save_png(sampling.contact_sheet(images), out)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_ENCODED_FACES', 'DISTANCE_COUNT', 'EncodedFaces', 'encode_store', 'decode_latents', 'faces_on_white',
-           'sample_prior', 'sample_posterior', 'contact_sheet', 'sample_distances']
+           'sample_prior', 'sample_posterior', 'sample_latents', 'contact_sheet', 'sample_distances']
 
 # %% ../../nbs/08_model/07_sampling.ipynb #c0002
 import math
@@ -133,6 +133,28 @@ def sample_posterior(
     return centre + (noise @ torch.linalg.cholesky(covariance).T).float()
 
 
+def sample_latents(
+    vae: FaceVAE, source: str, count: int, seed: int = 0, encoded: EncodedFaces | None = None
+) -> Tensor:
+    """Latents (count, latent_dim) from a source of `SAMPLE_SOURCES`.
+
+    source: "prior"; "gaussian", which is fitted to the aggregate posterior; or "posterior", that itself.
+    encoded: the faces of the aggregate posterior.
+    Raises FaceVAEError for another source, or one that needs faces without at least two.
+    """
+    kinds = {"prior": "", "posterior": "mixture", "gaussian": "gaussian"}
+    if source not in kinds:
+        raise FaceVAEError(f"'{source}' is nothing to sample from. {choices_hint(source, kinds)}")
+    if source == "prior":
+        return sample_prior(vae.config.latent_dim, count, seed)
+    if encoded is None:
+        raise FaceVAEError(
+            f"'{source}' is where faces are in the latent space, so it takes a store to sample from, such as "
+            "the one that the model was trained on. Give one (--data)."
+        )
+    return sample_posterior(encoded, count, seed, kinds[source])
+
+
 def contact_sheet(images: Tensor) -> Image.Image:
     """Images (N, 3, H, W) in [0, 1] in as many columns as rows, or one more, on white."""
     from torchvision.utils import make_grid  # here: it takes long to import
@@ -179,12 +201,10 @@ def sample_distances(
     encoded, held_out = (encode_store(vae, store, split, count, batch_size) for split in ("train", "val"))
     test = of_faces("test")
     compared = {
-        "prior": of_latents(sample_prior(vae.config.latent_dim, count, seed)),
-        "gaussian": of_latents(sample_posterior(encoded, count, seed)),
-        "posterior": of_latents(sample_posterior(encoded, count, seed, "mixture")),
-        "reconstruction": of_latents(held_out.mean),
-        "real": of_faces("val"),
+        source: of_latents(sample_latents(vae, source, count, seed, encoded))
+        for source in ("prior", "gaussian", "posterior")
     }
+    compared |= {"reconstruction": of_latents(held_out.mean), "real": of_faces("val")}
     view = "face" if masked else "raw"
     rows = [
         (source, view, *kernel_distance(values, test), len(values), len(test))
