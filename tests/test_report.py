@@ -35,6 +35,7 @@ FIGURES = (
     "bars_standalone",
     "bars_ssim_with",
     "visual_comparison",
+    "sampled_faces",
     "latent_use",
     "training_curves",
 )
