@@ -220,7 +220,7 @@ def test_what_is_shown_says_what_it_means(page):
         float(text) for text in page.locator(".fv-slider .fv-quality").all_inner_texts() if "%" not in text
     ]
     assert len(aucs) == 10 and aucs == sorted(aucs, reverse=True) and aucs[0] > 0.9
-    assert "0.5 is chance" in page.locator(".fv-sliders").inner_text()
+    assert "0.5 by chance" in page.locator(".fv-sliders").inner_text()
 
 
 def test_a_slider_by_keyboard(page):

@@ -110,8 +110,8 @@ class Thumbnail(_TitledImage):
 # %% ../../nbs/13_explore/01_widgets.ipynb #c0009
 SLIDER_RANGE = 3.0  # units either way
 AUC_TEXT = (
-    "AUC: of two faces that were held out, one with the attribute and one without, how often the one with it "
-    "lies further along: 1 is always, 0.5 is chance."
+    "AUC: how often, of two held-out faces, the one with the attribute lies further along (1 always, 0.5 by "
+    "chance)."
 )
 
 
