@@ -321,6 +321,7 @@ def test_from_one_face_to_another_and_saving(page, unmasked):
     page.get_by_role("button", name="Previous", exact=True).click()
     wait_for_message(page, "Synthetic face")
     assert between(page) == "0.00" and pixels(page, 0) != before
+    assert not [problem for problem in page.problems if "Content Security Policy" in problem]
 
 
 def request(server, path, host=None, **headers):
