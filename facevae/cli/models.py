@@ -337,6 +337,7 @@ def cli_explore(
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page, or only say where it is.")
     ] = True,
+    out: Annotated[Path, typer.Option(help="Where Save writes files.")] = Path("explored"),
     plugin: PluginOption = None,
 ):
     """Explore a model in the browser: pick or upload a face, move it, compare, interpolate, save.
@@ -345,4 +346,4 @@ def cli_explore(
     """
     from facevae.explore.server import serve_explorer
 
-    serve_explorer(model, str(data or ""), compare or "", port, browser)
+    serve_explorer(model, str(data or ""), compare or "", port, browser, out)
