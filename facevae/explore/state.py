@@ -30,9 +30,9 @@ from facevae.editing.latent_space import (
     directions_from_latents,
     directions_table,
     find_directions,
-    sample_prior,
 )
 from ..model.inference import Reconstruction, decode_images, encode_images
+from ..model.sampling import sample_prior
 from ..model.vae import FaceVAE
 from ..synthetic.render import draw_faces
 
