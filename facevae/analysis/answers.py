@@ -198,18 +198,19 @@ def sampling_sentence(distances: pd.DataFrame, best: str | None) -> str:
     distances: `Sweep.distances`.
     best: the hypothesis to speak of; the first that was measured where this one was not.
     """
-    known = distances.dropna(subset="kid")
+    columns = distances[["hypothesis", "source"]].join(distances[["kid", "standard_error"]].astype(float))
+    known = columns.groupby(["hypothesis", "source"], sort=False).mean().unstack().dropna()
     if known.empty:
         return (
             "How far samples are from real faces was not measured: that takes an evaluation by this version "
             "of facevae, and two faces or more."
         )
-    name = best if best in set(known.hypothesis) else known.hypothesis.iloc[0]
-    means = known[known.hypothesis == name].groupby("source")[["kid", "standard_error"]].mean().astype(float)
-    text = (means.kid.round(3) + 0.0).map("{:.3f}".format).str.replace("-", "−")  # + 0.0 makes −0 a 0
-    cost = means.kid["prior"] - means.kid["posterior"]
+    name = best if best in known.index else known.index[0]
+    kid, error = known.loc[name, "kid"], known.loc[name, "standard_error"]
+    text = (kid.round(3) + 0.0).map("{:.3f}".format).str.replace("-", "−")  # + 0.0 makes −0 a 0
+    cost = kid["prior"] - kid["posterior"]
     meaning = "so its prior is as good to sample from, and the weight of the KL costs nothing"
-    if cost > 2 * np.hypot(*means.standard_error[["prior", "posterior"]]):
+    if cost > 2 * np.hypot(error["prior"], error["posterior"]):
         meaning = (
             f"so its posteriors do not fill the prior, and that small a weight of the KL costs {cost:.3f}"
         )

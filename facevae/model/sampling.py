@@ -126,11 +126,10 @@ def sample_posterior(
         noise = torch.randn(count, encoded.mean.shape[1], generator=rng)
         return encoded.mean[rows] + variance[rows].sqrt() * noise
     centre = encoded.mean.mean(0)
-    centred = (encoded.mean - centre).double()
-    # Law of total variance: the covariance of the means plus the mean of the variances.
-    covariance = centred.T @ centred / (len(encoded) - 1) + variance.mean(0).double().diag()
-    noise = torch.randn(count, len(centre), generator=rng).double()
-    return centre + (noise @ torch.linalg.cholesky(covariance).T).float()
+    # Law of total variance: the covariance of the means, as weighted sums of them, plus the mean variance.
+    weights = torch.randn(count, len(encoded), generator=rng) / math.sqrt(len(encoded) - 1)
+    noise = torch.randn(count, len(centre), generator=rng)
+    return centre + weights @ (encoded.mean - centre) + noise * variance.mean(0).sqrt()
 
 
 def sample_latents(
