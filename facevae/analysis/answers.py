@@ -43,11 +43,12 @@ class Gain(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def log_errors(values: MetricValues, view: str = "face") -> tuple[pd.DataFrame, int]:
+def log_errors(values: MetricValues, view: str = "face") -> pd.DataFrame:
     """The mean logarithm of a run's errors over the paper's metrics, as a mean over images.
 
     values: of a sweep.
-    Returns (table (images, (hypothesis, seed)) without the images that lack a metric, number of metrics).
+    Returns a table (images, (hypothesis, seed)) without the images that lack a metric; attrs: metrics, their
+    number.
     """
     total, count = 0, 0
     for metric in AUTHORS_METRICS:
@@ -56,13 +57,15 @@ def log_errors(values: MetricValues, view: str = "face") -> tuple[pd.DataFrame, 
         means = errors.mean()
         if len(table) and (means > 0).all():
             total, count = total + np.log(means) + errors / means - 1, count + 1
-    return (total / count).dropna() if count else pd.DataFrame(), count
+    logs = (total / count).dropna() if count else pd.DataFrame()
+    logs.attrs["metrics"] = count
+    return logs
 
 
-def average_gain(logs: pd.DataFrame, metrics: int, pairs: list[tuple[str, str]], **options) -> Gain | None:
+def average_gain(logs: pd.DataFrame, pairs: list[tuple[str, str]], **options) -> Gain | None:
     """By how much the errors of the second of each pair are smaller, averaged over pairs.
 
-    logs, metrics: from `log_errors`.
+    logs: from `log_errors`.
     pairs: (first, second hypothesis).
     options: of `estimate`.
     Returns None unless all of them have finished with a seed in common.
@@ -76,7 +79,9 @@ def average_gain(logs: pd.DataFrame, metrics: int, pairs: list[tuple[str, str]],
     blocks = {name: logs[[(name, seed) for seed in seeds]].to_numpy() for name in names}
     differences = np.mean([blocks[first] - blocks[second] for first, second in pairs], axis=0)
     result = estimate(differences, **options)  # (images, seeds)
-    return Gain(*(-np.expm1(-x) for x in (result.improvement, result.low, result.high)), metrics)
+    return Gain(
+        *(-np.expm1(-x) for x in (result.improvement, result.low, result.high)), logs.attrs["metrics"]
+    )
 
 # %% ../../nbs/11_analysis/02_answers.ipynb #c0010
 def _percent(fraction: float) -> str:
@@ -93,11 +98,11 @@ def gain_words(gain: Gain) -> str:
     return f"{_percent(abs(gain.fraction))} % {word} ({interval})"
 
 
-def _mask_answer(sweep: Sweep, logs: pd.DataFrame, metrics: int) -> str:
+def _mask_answer(sweep: Sweep, logs: pd.DataFrame) -> str:
     """Do masks help? Over all losses that have both, and where most and least."""
     runs = {name for name, _ in logs.columns} if len(logs) else set()
     pairs = [pair for pair in question_pairs(sweep, "masks") if runs.issuperset(pair[1:])]
-    total = average_gain(logs, metrics, [pair[1:] for pair in pairs])
+    total = average_gain(logs, [pair[1:] for pair in pairs])
     if total is None:
         return ""
     verdict = "Undecided"
@@ -105,7 +110,7 @@ def _mask_answer(sweep: Sweep, logs: pd.DataFrame, metrics: int) -> str:
         verdict = "Yes" if total.fraction > 0 else "No"
     losses = f"{len(pairs)} losses" if len(pairs) > 1 else f"the loss {pairs[0][0]}"
     text = f"{verdict}: with masks, the errors on the face are {gain_words(total)}, on average over {losses}."
-    gains = {label: average_gain(logs, metrics, [pair]) for label, *pair in pairs}
+    gains = {label: average_gain(logs, [pair]) for label, *pair in pairs}
     fractions = {label: gain.fraction for label, gain in gains.items() if gain}
     if len(fractions) > 1:
         most, least = max(fractions, key=fractions.get), min(fractions, key=fractions.get)
@@ -114,14 +119,14 @@ def _mask_answer(sweep: Sweep, logs: pd.DataFrame, metrics: int) -> str:
     return text
 
 
-def _leader_words(names: dict[str, str], logs: pd.DataFrame, metrics: int) -> str:
+def _leader_words(names: dict[str, str], logs: pd.DataFrame) -> str:
     """Who of some has the smallest errors, against the next. names: hypothesis by what to call it."""
     runs = {name for name, _ in logs.columns} if len(logs) else set()
     means = {label: logs[name].mean().mean() for label, name in names.items() if name in runs}
     if len(means) < 2:
         return ""
     best, second = sorted(means, key=means.get)[:2]
-    gain = average_gain(logs, metrics, [(names[second], names[best])])
+    gain = average_gain(logs, [(names[second], names[best])])
     if gain is None:
         return ""
     if not gain.is_sure:
@@ -129,17 +134,17 @@ def _leader_words(names: dict[str, str], logs: pd.DataFrame, metrics: int) -> st
     return f"{best}, whose errors are {gain_words(gain)} than those of {second}, the next"
 
 
-def _loss_answer(sweep: Sweep, question: str, logs: pd.DataFrame, metrics: int) -> str:
+def _loss_answer(sweep: Sweep, question: str, logs: pd.DataFrame) -> str:
     """Which of a question's losses has the smallest errors, with and without masks."""
     pairs, parts = question_losses(sweep.runs, question), []
     for side, masks in (("masked", "With masks"), ("without", "Without masks")):
         names = dict(pairs.dropna(subset=side)[["label", side]].itertuples(index=False))
-        words = _leader_words(names, logs, metrics)
+        words = _leader_words(names, logs)
         parts += [f"{masks}, {words}."] if words else []
     return " ".join(parts)
 
 
-def _best_answer(sweep: Sweep, summary: pd.DataFrame, logs: pd.DataFrame, metrics: int) -> str:
+def _best_answer(sweep: Sweep, summary: pd.DataFrame, logs: pd.DataFrame) -> str:
     """Which hypothesis has the best mean rank, and how far its errors lie below the next one's."""
     ranks = metric_ranks(summary).mean(axis=1).sort_values(kind="stable")
     if len(ranks) < 2:
@@ -149,7 +154,7 @@ def _best_answer(sweep: Sweep, summary: pd.DataFrame, logs: pd.DataFrame, metric
     name = f"{best} ({about.terms}, {'with' if about['mask'] else 'without'} masks)"
     against = f"{ranks[best]:.1f} against {ranks[second]:.1f} of {second}"
     text = f"{name} has the best mean rank over all metrics, {against}"
-    gain = average_gain(logs, metrics, [(second, best)])
+    gain = average_gain(logs, [(second, best)])
     if gain is None:
         return f"{text}."
     told = "" if gain.is_sure else ", which is not enough to tell them apart"
@@ -166,12 +171,12 @@ def answers(
     """
     if summary is None:
         summary = mean_over_seeds(mean_over_images(sweep.metrics))
-    logs, metrics = log_errors(MetricValues(sweep.metrics) if values is None else values)
+    logs = log_errors(MetricValues(sweep.metrics) if values is None else values)
     found = {
-        "masks": _mask_answer(sweep, logs, metrics),
-        "standalone": _loss_answer(sweep, "standalone", logs, metrics),
-        "with_ssim": _loss_answer(sweep, "with_ssim", logs, metrics),
-        "best": _best_answer(sweep, summary, logs, metrics),
+        "masks": _mask_answer(sweep, logs),
+        "standalone": _loss_answer(sweep, "standalone", logs),
+        "with_ssim": _loss_answer(sweep, "with_ssim", logs),
+        "best": _best_answer(sweep, summary, logs),
     }
     return {question: text for question, text in found.items() if text}
 
@@ -182,7 +187,7 @@ def leaders(sweep: Sweep, values: MetricValues | None = None) -> dict[str, str]:
     values: of the sweep, when there are some already.
     """
     done = sweep.runs[sweep.runs.state == "done"].drop_duplicates("hypothesis")
-    logs, _ = log_errors(MetricValues(sweep.metrics) if values is None else values)
+    logs = log_errors(MetricValues(sweep.metrics) if values is None else values)
     means = logs.mean().groupby(level=0).mean().to_dict() if len(logs) else {}
     found = {}
     for masked, side in ((False, "without"), (True, "masked")):
