@@ -160,8 +160,8 @@ def test_tensorboard_is_told_what_the_log_is_told(store, tmp_path):
     trained(store, run)  # the same run
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert told == pytest.approx([(step, loss) for kind, step, loss in losses(run) if kind == "train"])
+    told = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert told == pytest.approx({step: loss for kind, step, loss in losses(run) if kind == "train"})
     assert [event.step for event in events.Scalars("validation/ssim")] == [4, 8]
 
 
