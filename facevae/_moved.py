@@ -22,7 +22,7 @@ MOVED = {
     "plates": ["analysis.figures"],
     "report": ["analysis.report"],
     "report_markdown": ["analysis.report"],
-    "run": ["training.run", "training.source_code", "training.files"],
+    "run": ["training.run", "training.configuration", "training.source_code", "training.files"],
     "samples": ["training.trainer"],
     "sources": ["data.sources", "data.celeba", "synthetic.render"],
     "status": ["sweep.status"],

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LATER_SETTINGS', 'HYPOTHESES', 'PRESETS', 'OWN_HYPOTHESES', 'parse_terms', 'Settings', 'ModelConfig', 'Hypothesis',
-           'parse_hypothesis', 'parse_hypotheses', 'RunConfig', 'make_config', 'parse_settings', 'format_settings',
-           'check_parameters']
+           'parse_hypothesis', 'parse_hypotheses', 'RunConfig', 'make_config', 'parse_settings', 'changed_settings',
+           'format_settings', 'check_parameters']
 
 # %% ../nbs/06_config.ipynb #c0002
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -50,7 +50,9 @@ def parse_terms(terms: str) -> tuple[str, ...]:
     return tuple([name for name in library if name in names] + sorted(set(names) - set(library)))
 
 # %% ../nbs/06_config.ipynb #c0012
-LATER_SETTINGS = {"network": "paper", "ema_decay": 0.0}  # and what older files mean without them
+# Settings of later versions than the first, and their defaults, with which a run is as it was without them.
+LATER_SETTINGS = {"network": "paper", "ema_decay": 0.0, "patience": 0, "track": "none"}
+LATER_SETTINGS |= {"extended_at": (), "initial_model": "", "initial_sha256": ""}
 
 
 class Settings(BaseModel):
@@ -61,11 +63,8 @@ class Settings(BaseModel):
     @model_serializer(mode="wrap")
     def _as_before(self, handler):
         """Leave out what older files do not have, where it is the default: digests and comparisons stay."""
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if (name, value) not in LATER_SETTINGS.items()
-        }
+        defaults = {name for name, value in LATER_SETTINGS.items() if getattr(self, name, None) == value}
+        return {name: value for name, value in handler(self).items() if name not in defaults}
 
 
 class ModelConfig(Settings):
@@ -162,6 +161,9 @@ class RunConfig(Settings):
     weights: of the loss terms.
     flip: mirror half of the training images.
     steps: optimisation steps.
+    extended_at: steps at which the run had ended before it was extended, each the end of a schedule.
+    initial_model: the model whose weights it begins with, "" for random ones.
+    initial_sha256: of these weights.
     batch_size: images a step, over all processes.
     learning_rate: Adam's; with "one-cycle" its peak.
     schedule: "constant"; or "one-cycle", up over the first tenth of the steps, down to 0 along a cosine.
@@ -174,6 +176,8 @@ class RunConfig(Settings):
     graph: capture the step as one CUDA graph, "auto" on a GPU.
     feed: where images come from, "auto" for a copy of the store on the GPU when it fits.
     validate_every, checkpoint_every, log_every: intervals in steps.
+    patience: stop after so many validations in a row that were no improvement, 0 for never.
+    track: "tensorboard", "wandb" or "mlflow" are told what the log is told.
     val_images, test_images: use at most so many, 0 for all.
     threads: of the processor, 0 for all.
     processes: that share each batch, one a GPU.
@@ -193,6 +197,9 @@ class RunConfig(Settings):
     weights: dict[str, float] = Field(LOSS_WEIGHTS, validate_default=True)
     flip: bool = False
     steps: int = Field(400_000, ge=1)
+    extended_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    initial_model: str = ""
+    initial_sha256: str = ""
     batch_size: int = Field(32, ge=2)
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "one-cycle"] = "constant"
@@ -207,6 +214,8 @@ class RunConfig(Settings):
     validate_every: int = Field(4000, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     log_every: int = Field(50, ge=1)
+    patience: int = Field(0, ge=0)
+    track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     val_images: int = Field(0, ge=0)
     test_images: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
@@ -345,18 +354,27 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
-def format_settings(config: RunConfig) -> list[str]:
-    """The texts, for `parse_settings`, that with preset, hypothesis and seed give the configuration."""
-    plain = make_config(config.hypothesis, config.preset, config.seed).model_dump(mode="json")
-    changed = {key: value for key, value in config.model_dump(mode="json").items() if value != plain.get(key)}
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """What is to be set besides hypothesis, preset and seed to have the configuration, as JSON values."""
+    plain, own = (
+        {name: getattr(one, name) for name in LATER_SETTINGS} | one.model_dump(mode="json")
+        for one in (make_config(config.hypothesis, config.preset, config.seed), config)
+    )
+    changed = {name: value for name, value in own.items() if value != plain[name]}
     for name, value in changed.pop("weights", {}).items():
         if value != plain["weights"].get(name):
             changed[f"weights.{name}"] = value
+    return changed
+
+
+def format_settings(config: RunConfig) -> list[str]:
+    """The texts, for `parse_settings`, that with preset, hypothesis and seed give the configuration."""
     return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in changed_settings(config).items()
     ]
 
-# %% ../nbs/06_config.ipynb #c0043
+# %% ../nbs/06_config.ipynb #c0044
 def check_parameters(variables: dict[str, Any], known: list[str]) -> None:
     """Refuse a parameter that a notebook does not have.
 

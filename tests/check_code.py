@@ -222,7 +222,6 @@ EXECUTING_MODULES = {
     "runpy",
     "code",
     "codeop",
-    "yaml",
 }
 EXECUTING_CALLS = {
     "eval",
@@ -242,7 +241,12 @@ EXECUTING_CALLS = {
     "np.lib.format.read_array",
     "pd.eval",
     "tempfile.mktemp",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
 }
+EXECUTING_NAMES = {"yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader"}
 EXECUTING_METHODS = {"to_pickle", "read_pickle", "query"}
 SAFE_ARGUMENTS = {
     "np.load": ("allow_pickle", False),
@@ -267,6 +271,8 @@ def executing(source: str):
                 for module in modules
                 if module.split(".")[0] in EXECUTING_MODULES
             )
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in EXECUTING_NAMES:
+            yield node.lineno, f"uses {ast.unparse(node)}"
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             arguments = {word.arg: getattr(word.value, "value", None) for word in node.keywords}

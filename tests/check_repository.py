@@ -41,8 +41,8 @@ IMPORTS = {
     "editing": "core atomic_io data model",
     "explore": "core atomic_io children registry data synthetic model editing",
     "bench": "core atomic_io plotting system data synthetic config metrics model training",
-    "cli": "core atomic_io children registry system data synthetic parsing config metrics model training "
-    "sweep editing explore bench",
+    "cli": "core atomic_io safe_io children registry system data synthetic parsing config metrics model "
+    "training sweep editing explore bench",
     "launch": "training",  # python -m facevae.launch
 }
 

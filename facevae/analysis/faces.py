@@ -24,7 +24,7 @@ from ..data.labels import FACE_PARTS
 from ..data.store import FaceStore, check_size
 from ..metrics.tables import METRICS
 from ..plotting import new_figure, notice_figure, styled
-from ..training.run import read_config
+from ..training.configuration import read_config
 
 # %% ../../nbs/11_analysis/04_faces.ipynb #c0005
 def sweep_store(sweep: Sweep, store: FaceStore | None = None) -> FaceStore:

@@ -28,6 +28,7 @@ from ..children import kernel_specs, private_surroundings, start_python
 from ..core import FaceVAEError, UnreadableFile, is_surrounding, notebook_path, surrounding_problem
 from ..data.store import FaceStore
 from ..safe_io import write_object
+from ..training.configuration import check_config, config_differences, read_config, write_plugins
 from facevae.training.lock import (
     STALE_HEARTBEATS,
     LockBusy,
@@ -38,17 +39,7 @@ from facevae.training.lock import (
     kill_holder,
     newest_lock,
 )
-from facevae.training.run import (
-    INTERRUPTED_MESSAGE,
-    RESUMES,
-    RunInterrupted,
-    check_config,
-    config_differences,
-    read_config,
-    read_status,
-    write_plugins,
-    write_status,
-)
+from ..training.run import INTERRUPTED_MESSAGE, RESUMES, RunInterrupted, read_status, write_status
 
 # %% ../../nbs/10_sweep/00_runner.ipynb #c0004
 class NotebookError(FaceVAEError):

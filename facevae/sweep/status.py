@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STATUS_COLUMNS = (
     *("hypothesis", "seed", "state", "step", "steps", "loss", "images_per_second", "seconds_left"),
     *("host", "pid", "heartbeat", "seconds", "cell", "error", "step_mode", "step_asked", "step_reason"),
+    "stop_reason",
 )
 ENDED_STATES = ("done", "failed")
 
@@ -46,7 +47,8 @@ def sweep_status(path: str | Path) -> "pandas.DataFrame":
     Returns the columns hypothesis, seed; state (see `facevae.training.run`, or unusable); step of steps; loss
     of the last logged step; images_per_second; seconds_left of training; host and pid; heartbeat (seconds
     since whoever works on it was last heard of); seconds spent on it; error, and cell (the notebook's) that
-    raised it; step_mode, in which its steps run, step_asked, which was chosen at first, and step_reason.
+    raised it; step_mode, in which its steps run, step_asked, which was chosen at first, and step_reason;
+    stop_reason, of one that stopped early.
     Raises FaceVAEError when there is no sweep.
     """
     import pandas as pd  # here, because who only starts runs does without
@@ -119,6 +121,8 @@ def status_text(table: "pandas.DataFrame") -> str:
         if row.state != "running" and isinstance(row.error, str) and row.error:
             cell = f" (cell {row.cell})" if isinstance(row.cell, str) else ""
             errors.append(f"{row.hypothesis} seed {row.seed}: {row.error}{cell}")
+        if isinstance(row.stop_reason, str) and row.stop_reason:
+            errors.append(f"{row.hypothesis} seed {row.seed}: {row.stop_reason}")
         if not _missing(row.step_mode) and row.step_mode != row.step_asked:
             errors.append(f"{row.hypothesis} seed {row.seed} runs as {row.step_mode}: {row.step_reason}")
     counts = [f"{count} {state}" for state, count in table["state"].value_counts(sort=False).items()]

@@ -229,6 +229,6 @@ def evaluate_run(out: str | Path, data: str | Path, progress: bool = False) -> p
         save_table(latents.table(), run.latents)
         save_table(distances, run.distances)
         save_table(table, run.metrics)
-        write_text(run.model / "README.md", run_model_card(config, store, run.status.get("best_step"), table))
+        write_text(run.model / "README.md", run_model_card(config, store, run.status, table))
         run.update(state="done", sha256=digest_results(run.path))
     return table

@@ -28,10 +28,11 @@ def learning_rate(config: RunConfig, step: int) -> float:
     """The learning rate of step number `step`, counted from 0."""
     if config.schedule == "constant":
         return config.learning_rate
-    warm_up = max(1, config.steps // 10)
+    end = next((end for end in config.extended_at if step < end), config.steps)  # of this step's cycle
+    warm_up = max(1, end // 10)
     if step < warm_up:
         return config.learning_rate * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, config.steps - warm_up)
+    done = (step - warm_up) / max(1, end - warm_up)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 # %% ../../nbs/09_training/03_step.ipynb #c0008
