@@ -300,6 +300,7 @@ def register_term(name: str, weight: float = 1.0) -> Callable[[Callable], Callab
 for _name, _weight, _function in (
     *(("ssim", 1, "ssim_loss"), ("l1", 4, "l1_loss"), ("l2", 100, "l2_loss")),
     *(("lpips", 0.5, "lpips_loss"), ("ms_ssim", 2, "ms_ssim_loss"), ("charbonnier", 4, "charbonnier_loss")),
+    ("texture", 4, "texture_loss"),
 ):
     register_term(_name, _weight)(f"facevae.model.losses:{_function}")
 LOSS_WEIGHTS = {name: TERMS[name].weight for name in ("ssim", "l1", "l2")} | OTHER_WEIGHTS  # the paper's

@@ -58,7 +58,7 @@ def test_errors_show_a_traceback_only_when_asked(tmp_path):
     [
         (["--hypothesis", "H11"], "Unknown hypothesis 'H11'"),
         (["--hypothesis", "ssim+huber"], "'huber'"),
-        (["--hypothesis", "H9", "--preset", "fast"], "Choose from: paper, quick"),
+        (["--hypothesis", "H9", "--preset", "fast"], "Choose from: paper, quick, modern"),
         (["--hypothesis", "H9", "--set", "stepps=10"], "Did you mean 'steps'?"),
         (["--hypothesis", "H9", "--set", "steps=many"], "'steps' cannot be 'many'"),
         (["--hypothesis", "H9", "--set", "steps=2.5"], "'steps' cannot be 2.5"),

@@ -293,3 +293,18 @@ def test_an_installed_package_is_asked_for_a_name_that_is_not_known(text, expect
         return
     (plugin,) = make_config("ssim+their_edges").plugins
     assert (plugin.name, plugin.digest, plugin.installed) == ("shapes", "1.5", True)
+
+
+def test_the_preset_modern_brings_its_own_hypothesis_network_and_weights(store, tmp_path):
+    done = facevae_here("train", "--data", store, "--out", tmp_path / "run", "--preset", "modern", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "ssim+l1+lpips+texture+mask, preset modern" in done.stdout
+    config = RunDirectory(tmp_path / "run").config
+    assert (config.network, config.weights["texture"]) == ("modern", 8)
+    command = (tmp_path / "run" / "model" / "README.md").read_text().split("facevae train ")[1].split("`")[0]
+    words = shlex.split(command)
+    given = {word: value for word, value in zip(words, words[1:]) if word in ("--hypothesis", "--preset")}
+    settings = parse_settings(value for word, value in zip(words, words[1:]) if word == "--set")
+    assert make_config(given["--hypothesis"], given["--preset"], overrides=settings) == config
+    refused = facevae_here("train", "--data", store, "--out", tmp_path / "other", *TINY)
+    assert refused.returncode == 1 and "no hypothesis of its own" in refused.stderr

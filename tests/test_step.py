@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from graph_stand_in import Replay
 from safetensors.torch import load_file
 
@@ -42,6 +43,15 @@ def take(trainer, steps):
 
 def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.vae.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def on_the_processor(monkeypatch):
+    """What stands in for a GPU is one only where there is none."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -108,8 +118,10 @@ def captured_runs(stand_in, monkeypatch):
     return stand_in
 
 
-def test_a_run_of_captured_steps_goes_on_as_if_undisturbed(store, captured_runs, tmp_path):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.8])
+def test_a_run_of_captured_steps_goes_on_as_if_undisturbed(store, captured_runs, tmp_path, ema_decay):
     settings = SMALL | {"steps": 14, "validate_every": 5, "checkpoint_every": 5, "log_every": 1}
+    settings["ema_decay"] = ema_decay
     config = make_config("H9", "quick", overrides=settings)
     whole = train(config, store, tmp_path / "whole", progress=False)
     real = Trainer.step
@@ -133,6 +145,19 @@ def test_a_run_of_captured_steps_goes_on_as_if_undisturbed(store, captured_runs,
         "graph",
         "for a test",
     )
+
+
+def test_the_model_of_a_run_is_the_moving_average_of_its_weights(store, tmp_path):
+    settings = SMALL | {"steps": 20, "validate_every": 20, "checkpoint_every": 20, "ema_decay": 0.9}
+    config = make_config("H9", "quick", overrides=settings)
+    model = load_file(train(config, store, tmp_path / "run", progress=False) / "model.safetensors")
+    (path,) = (tmp_path / "run" / "checkpoint").glob("step-*")
+    checkpoint, trainer = load_file(path), make_trainer(store, **settings)
+    for index, (name, parameter) in enumerate(trainer.vae.named_parameters()):
+        average, last = checkpoint[f"optimizer.{index}.average"], checkpoint[f"model.{name}"]
+        assert model[name].equal(average), name
+        assert not average.equal(last) or not parameter.requires_grad, name
+    assert "ema_decay" not in make_config("H9").model_dump(), "digests of older runs stay as they are"
 
 
 def test_a_term_that_is_not_finite_is_found_by_a_captured_step(store, captured_runs, tmp_path):

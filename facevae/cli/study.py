@@ -24,7 +24,7 @@ from ..core import FaceVAEError, progress_bar
 # %% ../../nbs/15_cli/01_study.ipynb #c0003
 DataOption = Annotated[Path, typer.Option(help="A store, made by facevae pack.")]
 PresetOption = Annotated[
-    str, typer.Option(help="quick (minutes on two cores) or paper (the paper's recipe).")
+    str, typer.Option(help="quick (minutes on two cores), modern (our own recipe) or paper (the paper's).")
 ]
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
@@ -78,9 +78,12 @@ def result_sentence(run) -> str:
 
 
 def cli_train(
-    hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")],
     data: DataOption,
     out: OutOption,
+    hypothesis: Annotated[
+        str | None,
+        typer.Option(help="H1 to H10, or terms such as l1+l2+mask; the preset modern has its own."),
+    ] = None,
     preset: PresetOption = "quick",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     settings: SettingsOption = None,

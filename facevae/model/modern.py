@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from .vae import Network
+from .vae import Network, OutputConv
 
 # %% ../../nbs/08_model/05_modern.ipynb #c0004
 def _norm(channels: int) -> nn.Sequential:
@@ -73,7 +73,7 @@ def _modern_decoder(config: ModelConfig, part: int, out_channels: int) -> nn.Seq
     for channels in stages:
         layers += [nn.Conv2d(before, channels, 1), ResidualBlock(channels), nn.Upsample(scale_factor=2)]
         before = channels
-    return nn.Sequential(*layers, _norm(before), nn.Conv2d(before, out_channels, 3, padding=1))
+    return nn.Sequential(*layers, _norm(before), OutputConv(before, out_channels))
 
 
 def modern_network(config: ModelConfig) -> Network:

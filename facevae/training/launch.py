@@ -89,7 +89,7 @@ def main(
     hypothesis: Annotated[str, typer.Option(help="H1 to H10, or terms such as l1+l2+mask.")],
     data: Annotated[Path, typer.Option(help="A store, made by facevae pack.")],
     out: Annotated[Path, typer.Option(help="The run directory.")],
-    preset: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
+    preset: Annotated[str, typer.Option(help="quick, modern or paper.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")

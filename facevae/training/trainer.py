@@ -167,7 +167,11 @@ class Trainer:
         self.model = accelerator.prepare(sync_batch_norm(model, self.device))
         # Last, because what distributes a model gives its parameters other memory.
         self.optimizer = ClippedAdam(
-            model.parameters(), config.learning_rate, config.adam_epsilon, config.clip_norm
+            model.parameters(),
+            config.learning_rate,
+            config.adam_epsilon,
+            config.clip_norm,
+            config.ema_decay,
         )
         self.terms = term_functions(parse_terms(config.terms))
         self.names = [*self.terms, "kl", *["mask_bce", "mask_dice"] * config.mask]
@@ -338,6 +342,22 @@ def _save_model(run: RunDirectory, trainer: Trainer, state: dict) -> None:
     run.update(step=trainer.config.steps, trained=True, **best)
 
 
+def _validate(trainer: Trainer, run: RunDirectory, done: int, state: dict) -> None:
+    """Judge the weights on the validation images, and keep the best. state: `TrainerState`'s, changed."""
+    raw, weighted = trainer.validate()
+    loss = sum(weighted.values())
+    if not math.isfinite(loss):
+        raise FaceVAEError(f"The validation loss was not finite at step {done}. Lower learning_rate.")
+    improved = state["best_loss"] is None or loss < state["best_loss"]
+    if improved:
+        state |= {"best_loss": loss, "best_step": done}
+    if trainer.accelerator.is_main_process:
+        run.log("validation", done, raw, weighted)
+        if improved:
+            save_best(run.checkpoints, done, trainer.vae)
+        run.save_samples(done, sample_grid(trainer.vae, next(iter(trainer.val))))
+
+
 def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool = True) -> Path:
     """Train one run to its end, going on from its last checkpoint when there is one.
 
@@ -371,20 +391,8 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
                 trainer.watch.check()  # waits for the device
                 log.log_resources(done, trainer.settle(done))
             if done % config.validate_every == 0 or last:
-                raw, weighted = trainer.validate()
-                loss = sum(weighted.values())
-                if not math.isfinite(loss):
-                    raise FaceVAEError(
-                        f"The validation loss was not finite at step {done}. Lower learning_rate."
-                    )
-                improved = state["best_loss"] is None or loss < state["best_loss"]
-                if improved:
-                    state |= {"best_loss": loss, "best_step": done}
-                if main:
-                    run.log("validation", done, raw, weighted)
-                    if improved:
-                        save_best(run.checkpoints, done, trainer.vae)
-                    run.save_samples(done, sample_grid(trainer.vae, next(iter(trainer.val))))
+                with trainer.optimizer.averaged():
+                    _validate(trainer, run, done, state)
                 log.restart_clock(done)
             if main and (done % config.checkpoint_every == 0 or last):
                 trainer.watch.check()
