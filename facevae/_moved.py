@@ -15,7 +15,7 @@ MOVED = {
     "explorer_page": ["explore.server"],
     "findings": ["analysis.claims"],
     "hypotheses": ["config"],
-    "latent": ["editing.latent_space"],
+    "latent": ["editing.latent_space", "model.sampling"],
     "latent_directions": ["editing.latent_space"],
     "loader": ["data.loader"],
     "photograph": ["model.inference"],

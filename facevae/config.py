@@ -256,29 +256,23 @@ class RunConfig(Settings):
         return self if self.size else self.model_copy(update={"size": min(store_size, 72)})
 
 # %% ../nbs/06_config.ipynb #c0027
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"size": 144},
-    "quick": {
-        "width": 0.25,
-        "latent_dim": 128,
-        "steps": 300,
-        "batch_size": 16,
-        "learning_rate": 2e-3,
-        "schedule": "one-cycle",
-        "norm_momentum": 0.1,
-        "flip": True,
-        "validate_every": 100,
-        "checkpoint_every": 100,
-        "log_every": 10,
-        "val_images": 96,
-        "test_images": 200,
-    },
+_QUICK = {
+    "width": 0.25,
+    "latent_dim": 128,
+    "steps": 300,
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "schedule": "one-cycle",
+    "norm_momentum": 0.1,
+    "flip": True,
+    "validate_every": 100,
+    "checkpoint_every": 100,
+    "log_every": 10,
+    "val_images": 96,
+    "test_images": 200,
 }
-PRESETS["modern"] = PRESETS["quick"] | {
-    "network": "modern",
-    "weights": {"lpips": 2.0, "texture": 8.0},
-    "ema_decay": 0.998,
-}
+_MODERN = {"network": "modern", "weights": {"lpips": 2.0, "texture": 8.0}, "ema_decay": 0.998}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {"size": 144}, "quick": _QUICK, "modern": _QUICK | _MODERN}
 OWN_HYPOTHESES = {"modern": "ssim+l1+lpips+texture+mask"}  # of presets that are more than a scale
 
 

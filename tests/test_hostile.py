@@ -50,7 +50,7 @@ from facevae.data.packing import FaceBatch, pack
 from facevae.data.sources import FolderSource
 from facevae.data.store import FaceStore
 from facevae.editing.photos import reconstruct_files
-from facevae.metrics.tables import load_latents, load_metrics
+from facevae.metrics.tables import load_distances, load_latents, load_metrics
 from facevae.model.keras import keras_names, load_keras
 from facevae.model.vae import FaceVAE, ModelConfig
 from facevae.sweep.runner import execute_notebook
@@ -249,21 +249,20 @@ def test_payload_in_a_run_that_goes_on(things, tmp_path):
 @pytest.mark.parametrize("how", PLANTED)
 def test_payload_in_a_sweep(things, tmp_path, how):
     run = things / "sweep" / "H1" / "seed0"
-    for name in ("metrics.parquet", "latents.parquet", "status.json", "config.json", "log.jsonl"):
+    beside = ("log.jsonl", "latents.parquet", "distances.parquet")
+    for name in ("metrics.parquet", "status.json", "config.json", *beside):
         whole = (run / name).read_bytes()
         plant(run / name, how, tmp_path / "executed")
         sweep = load_sweep(things / "sweep")
         state, error = sweep.runs.set_index("hypothesis").loc["H1", ["state", "error"]]
-        assert (
-            state == "done"
-            if name in ("log.jsonl", "latents.parquet")
-            else state == "unusable" and name in error
-        )
+        assert state == "done" if name in beside else state == "unusable" and name in error
         (run / name).write_bytes(whole)
     plant(run / "metrics.parquet", how, tmp_path / "executed")
     assert "metrics.parquet" in refused(load_metrics, run / "metrics.parquet")
     plant(run / "latents.parquet", how, tmp_path / "executed")
     assert "latents.parquet" in refused(load_latents, run / "latents.parquet")
+    plant(run / "distances.parquet", how, tmp_path / "executed")
+    assert "distances.parquet" in refused(load_distances, run / "distances.parquet")
     plant(run / "claims.toml", how, tmp_path / "executed")
     assert "claims.toml" in refused(sweep_claims, SimpleNamespace(path=run))
     plant(run / "config.json", how, tmp_path / "executed")

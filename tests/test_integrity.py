@@ -170,7 +170,8 @@ def test_a_changed_store_is_no_other_store(made):
 
 
 def tables(sweep):
-    return [sweep.metrics, sweep.curves, sweep.latents, sweep.runs.drop(columns=["error", "damaged", "path"])]
+    runs = sweep.runs.drop(columns=["error", "damaged", "path"])
+    return [sweep.metrics, sweep.curves, sweep.latents, sweep.distances, runs]
 
 
 def test_every_flipped_bit_of_results_is_named_or_without_effect(made):
@@ -219,7 +220,8 @@ def test_damage_is_named_in_status_and_report_and_by_the_same_command(made):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.parquet", "latents.parquet", "model/model.safetensors", "config.json"]
+    "name",
+    ["metrics.parquet", "latents.parquet", "distances.parquet", "model/model.safetensors", "config.json"],
 )
 def test_what_is_missing_is_made_again(made, name):
     (made.run / name).unlink()

@@ -18,6 +18,7 @@ from facevae.analysis.results import load_sweep
 from facevae.core import FaceVAEError
 from facevae.plotting import figure_png, new_figure
 from facevae.sweep.runner import execute_notebook
+from facevae.sweep.status import status_text, sweep_status
 
 # What a browser fetches by itself; a link that a reader may click would be another matter.
 FETCHED = {"src", "srcset", "poster", "data", "background", "action"}
@@ -35,6 +36,7 @@ FIGURES = (
     "bars_standalone",
     "bars_ssim_with",
     "visual_comparison",
+    "sampled_faces",
     "latent_use",
     "training_curves",
 )
@@ -74,6 +76,17 @@ def study(tmp_path_factory):
     sweep = make_sweep(folder / "sweep")
     execute_notebook("figures", folder / "out.ipynb", {"sweep": str(sweep)})
     return sweep
+
+
+def test_the_executed_notebook_shows_whole_tables(study):
+    notebook = json.loads((study.parent / "out.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    texts = [
+        "".join(output.get("text", output.get("data", {}).get("text/markdown", ""))) for output in outputs
+    ]
+    assert status_text(sweep_status(study)) + "\n" in texts, "the table of facevae status"
+    for name in ("results_face", "verdicts"):
+        assert (study / "tables" / f"{name}.md").read_text(encoding="utf-8") in texts
 
 
 def test_everything_is_written(study):

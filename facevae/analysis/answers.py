@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_SEEDS', 'PAPER_IMAGES', 'ENOUGH_IMAGES', 'Gain', 'log_errors', 'average_gain', 'gain_words', 'answers',
-           'leaders', 'evidence_gaps']
+           'leaders', 'sampling_sentence', 'evidence_gaps']
 
 # %% ../../nbs/11_analysis/02_answers.ipynb #c0002
 import itertools
@@ -192,6 +192,35 @@ def leaders(sweep: Sweep, values: MetricValues | None = None) -> dict[str, str]:
     return found
 
 # %% ../../nbs/11_analysis/02_answers.ipynb #c0014
+def sampling_sentence(distances: pd.DataFrame, best: str | None) -> str:
+    """What the weight of the KL costs a hypothesis that is sampled from; or that it was not measured.
+
+    distances: `Sweep.distances`.
+    best: the hypothesis to speak of; the first that was measured where this one was not.
+    """
+    columns = distances[["hypothesis", "source"]].join(distances[["kid", "standard_error"]].astype(float))
+    known = columns.groupby(["hypothesis", "source"], sort=False).mean().unstack().dropna()
+    if known.empty:
+        return (
+            "How far samples are from real faces was not measured: that takes an evaluation by this version "
+            "of facevae, and two faces or more."
+        )
+    name = best if best in known.index else known.index[0]
+    kid, error = known.loc[name, "kid"], known.loc[name, "standard_error"]
+    text = (kid.round(3) + 0.0).map("{:.3f}".format).str.replace("-", "−")  # + 0.0 makes −0 a 0
+    cost = kid["prior"] - kid["posterior"]
+    meaning = "so its prior is as good to sample from, and the weight of the KL costs nothing"
+    if cost > 2 * np.hypot(error["prior"], error["posterior"]):
+        meaning = (
+            f"so its posteriors do not fill the prior, and that small a weight of the KL costs {cost:.3f}"
+        )
+    return (
+        f"Samples of {name} from the prior are {text['prior']} away from real faces, and from its aggregate "
+        f"posterior {text['posterior']}, {meaning}. Its reconstructions are {text['reconstruction']} away, "
+        f"other real faces {text['real']}."
+    )
+
+# %% ../../nbs/11_analysis/02_answers.ipynb #c0018
 ENOUGH_SEEDS = 3
 PAPER_IMAGES = 12_800_000  # 100 epochs of 4,000 steps of 32 images
 ENOUGH_IMAGES = PAPER_IMAGES // 10

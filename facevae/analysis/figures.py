@@ -20,6 +20,8 @@ from facevae.analysis.faces import (
     extreme_images,
     extremes_plot,
     face_strip,
+    sampled_faces,
+    sampled_plot,
     sweep_store,
     visual_comparison,
     visual_samples,
@@ -75,21 +77,37 @@ def _extremes(analysis: SweepAnalysis, metric: str = "ssim") -> Figure:
         return notice_figure(f"The faces cannot be drawn: {error}")
 
 
-def _strip(analysis: SweepAnalysis, samples: dict | str) -> Figure:
-    """The first test faces as the best hypothesis without masks and the best with masks draw them."""
-    if isinstance(samples, str):
-        return notice_figure(samples)
+def _best(analysis: SweepAnalysis) -> dict[str, tuple[str, str]]:
+    """The best hypothesis without masks, and the best with masks, with their losses."""
     losses = analysis.sweep.runs.drop_duplicates("hypothesis").set_index("hypothesis").terms
     best = leaders(analysis.sweep, analysis.values)
-    return face_strip(samples, {side: (name, losses[name]) for side, name in best.items()})
+    return {side: (name, losses[name]) for side, name in best.items()}
+
+
+def _strip(analysis: SweepAnalysis, samples: dict | str) -> Figure:
+    """The first test faces as the best hypotheses draw them."""
+    return notice_figure(samples) if isinstance(samples, str) else face_strip(samples, _best(analysis))
+
+
+def _sampled(analysis: SweepAnalysis) -> tuple[Figure, str]:
+    """Faces that the best hypotheses sample, and who samples none."""
+    names = _best(analysis)
+    try:
+        samples, absent = sampled_faces(analysis.sweep, [name for name, _ in names.values()])
+    except FaceVAEError as error:
+        return notice_figure(f"The faces cannot be drawn: {error}"), ""
+    return sampled_plot(samples, names), _absent_words(absent)
+
+
+def _absent_words(absent: dict[str, str]) -> str:
+    return " ".join(f"{name} is not drawn: {reason}" for name, reason in absent.items())
 
 
 def _comparison(analysis: SweepAnalysis, samples: dict | str) -> tuple[Figure, str]:
     """The first test faces as each hypothesis draws them, and who is not drawn."""
     if isinstance(samples, str):
         return notice_figure(samples), ""
-    absent = " ".join(f"{name} is not drawn: {reason}" for name, reason in samples.get("absent", {}).items())
-    return visual_comparison(samples, analysis.sweep.runs), absent
+    return visual_comparison(samples, analysis.sweep.runs), _absent_words(samples.get("absent", {}))
 
 
 def _samples_or_reason(sweep: Sweep) -> dict | str:
@@ -152,6 +170,7 @@ def study_figures(
         "ranks": (asked["best"], rank_plot, analysis.summary),
         "interval_best": (asked["best"], *intervals["best"]),
         "visual_comparison": (True, _comparison, analysis),
+        "sampled_faces": (True, _sampled, analysis),
         "latent_use": (not latent_sentence(sweep.latents), latent_plot, sweep.latents),
         "training_curves": (True, training_curves, sweep.curves),
     }

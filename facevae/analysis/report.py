@@ -20,11 +20,12 @@ import pandas as pd
 from markupsafe import Markup
 
 from .. import __version__
+from .answers import sampling_sentence
 from .claims import SweepAnalysis
 from .figures import ReportFigure
 from .plots import latent_sentence
 from .results import Sweep, present_metrics
-from .statistics import QUESTIONS
+from .statistics import QUESTIONS, best_hypothesis
 from facevae.analysis.tables import (
     HYPOTHESIS_HEADS,
     Cell,
@@ -34,6 +35,7 @@ from facevae.analysis.tables import (
     claims_in_reach,
     claims_table,
     comparison_section,
+    distance_table,
     escape_markdown,
     hypothesis_cells,
     latex_table,
@@ -207,7 +209,11 @@ def _contents(analysis: SweepAnalysis, figures: dict[str, ReportFigure]) -> dict
         titles |= {name: QUESTIONS[name] for name, table in analysis.comparisons.items() if len(table)}
         if "masks" in titles:
             titles["pasted"] = "How much of it is pasted background?"
-    titles |= {"faces": "Faces as each hypothesis draws them", "training": "Training and latent space"}
+    titles |= {
+        "faces": "Faces as each hypothesis draws them",
+        "samples": "Samples, and what the weight of the KL costs",
+    }
+    titles["training"] = "Training and latent space"
     if measured:
         titles |= {"views": "All metrics on all views", "authors": "The authors' numbers beside ours"}
     return titles | {"run": "What was run, and how to run it again"}
@@ -238,6 +244,8 @@ def _content(analysis: SweepAnalysis, figures: dict[str, ReportFigure]) -> dict:
         "verdicts": verdict_tables(analysis) if measured else [],
         "comparisons": {name: comparison_section(table) for name, table in comparisons.items()},
         "latents": latent_sentence(sweep.latents),
+        "sampling": sampling_sentence(sweep.distances, best_hypothesis(summary)),
+        "distances": distance_table(runs, sweep.distances) if len(sweep.distances) else None,
         "authors": authors_table(summary) if measured else None,
         "notes": _notes(sweep),
         "commands": reproduction_commands(sweep),

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import FaceVAEError, MissingFile
-from ..metrics.tables import METRICS, load_latents, load_metrics
+from ..metrics.tables import METRICS, load_distances, load_latents, load_metrics
 from facevae.safe_io import (
     DEFAULT_REMEDY,
     JSON_NUMBER,
@@ -182,6 +182,7 @@ class Sweep:
     metrics: a row for each run, image and view.
     curves: a row for each run, kind, step and term, from the logs.
     latents: a row for each run and latent dimension.
+    distances: a row for each run and kind of sample, how far it is from real faces.
     absent: why a metric was not measured, by metric.
     notes: how metrics were computed, by metric.
     """
@@ -192,6 +193,7 @@ class Sweep:
     metrics: pd.DataFrame
     curves: pd.DataFrame
     latents: pd.DataFrame
+    distances: pd.DataFrame
     absent: dict
     notes: dict
 
@@ -206,7 +208,9 @@ def load_sweep(path: str | Path) -> Sweep:
     """Read whatever a sweep directory holds. Raises FaceVAEError only when its sweep.json cannot be used."""
     path = Path(path)
     manifest = read_sweep(path)
-    runs, metrics, curves, latents, absent, notes = [], [], [], [], {}, {}
+    runs, metrics, curves, absent, notes = [], [], [], {}, {}
+    loaders = {"latents": load_latents, "distances": load_distances}
+    more = {name: [] for name in loaders}
     for hypothesis in manifest["hypotheses"]:
         for seed in manifest["seeds"]:
             values = (hypothesis["name"], hypothesis["terms"], hypothesis["mask"], seed)
@@ -221,14 +225,15 @@ def load_sweep(path: str | Path) -> Sweep:
             notes |= {name: note for name, note in table.attrs.items() if name != "absent"}
             table.attrs = {}  # tables of different attrs cannot be joined
             metrics.append(table.assign(**requested))
-            if "latents.parquet" in run["damaged"]:
-                continue
-            try:
-                latents.append(load_latents(Path(run["path"]) / "latents.parquet").assign(**requested))
-            except MissingFile:  # runs of older versions have none
-                pass
-            except FaceVAEError as error:
-                run["error"] = f"{run['error']} {error}".strip()
+            for name, load in loaders.items():
+                if f"{name}.parquet" in run["damaged"]:
+                    continue
+                try:
+                    more[name].append(load(Path(run["path"]) / f"{name}.parquet").assign(**requested))
+                except MissingFile:  # runs of older versions have none
+                    pass
+                except FaceVAEError as error:
+                    run["error"] = f"{run['error']} {error}".strip()
     columns = None if runs else list(read_run(path, dict.fromkeys(RUN_KEYS))[0])
     return Sweep(
         path=path,
@@ -236,7 +241,8 @@ def load_sweep(path: str | Path) -> Sweep:
         runs=pd.DataFrame(runs, columns=columns),
         metrics=_stack(metrics, ["image", "view"]),
         curves=_stack(curves, ["kind", "step", "term", "raw", "weighted"]),
-        latents=_stack(latents, ["dimension", "kl", "active"]),
+        latents=_stack(more["latents"], ["dimension", "kl", "active"]),
+        distances=_stack(more["distances"], ["source", "view", "kid", "standard_error"]),
         absent=absent,
         notes=notes,
     )

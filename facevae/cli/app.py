@@ -15,7 +15,14 @@ from typing import Annotated
 import typer
 
 from .data import OutOption, OverwriteOption, cli_card, cli_parse_masks, pack_app, store_summary
-from .models import cli_directions, cli_edit, cli_explore, cli_interpolate, cli_reconstruct
+from facevae.cli.models import (
+    cli_directions,
+    cli_edit,
+    cli_explore,
+    cli_interpolate,
+    cli_reconstruct,
+    cli_sample,
+)
 from facevae.cli.study import (
     SettingsOption,
     cli_ablate,
@@ -110,7 +117,7 @@ def cli_import_original(
     )
 
 
-for _command in (cli_reconstruct, cli_edit, cli_interpolate, cli_directions, cli_explore):
+for _command in (cli_reconstruct, cli_edit, cli_interpolate, cli_sample, cli_directions, cli_explore):
     app.command(_command.__name__.removeprefix("cli_"))(_command)
 
 # %% ../../nbs/15_cli/02_app.ipynb #c0012

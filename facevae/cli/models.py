@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelArgument', 'AlignOption', 'LandmarksOption', 'DirectionsOption', 'PluginOption', 'load_model', 'cli_reconstruct',
-           'cli_edit', 'cli_interpolate', 'cli_directions', 'cli_explore']
+           'cli_edit', 'cli_interpolate', 'cli_sample', 'cli_directions', 'cli_explore']
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0002
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .data import DeviceOption, choose_device
-from ..core import DEFAULT_MODEL, FaceVAEError, printable
+from ..core import DEFAULT_MODEL, FaceVAEError, check_writable, printable
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0004
 ModelArgument = Annotated[
@@ -203,9 +203,10 @@ def cli_interpolate(
 
     from facevae.editing.align import CROP_SIZE
     from facevae.editing.animation import save_animation, to_frames
-    from facevae.editing.latent_space import decode_latents, interpolate
+    from facevae.editing.latent_space import interpolate
     from facevae.editing.photos import prepare_photo
     from facevae.model.inference import encode_images
+    from facevae.model.sampling import decode_latents, faces_on_white
 
     _check_ending(out, ".gif", ".mp4")
     if len(photos) < 2:
@@ -222,14 +223,72 @@ def cli_interpolate(
     kind = "spherical" if spherical else "linear"
     paths = [interpolate(start, stop, steps, kind) for start, stop in zip(means, means[1:])]
     latents = torch.cat([paths[0], *(path[1:] for path in paths[1:])])  # (M, latent_dim), each end once
-    recon, mask = decode_latents(vae, latents)  # (M, 3, S, S)
-    if mask is not None:  # no loss ever compared what a model with masks draws outside of the face
-        recon = recon * mask + (1 - mask)
+    images = faces_on_white(*decode_latents(vae, latents))  # (M, 3, S, S)
     size = CROP_SIZE if align or landmarks else (max(vae.config.size, 144),) * 2
-    frames = [frame.resize(size) for frame in to_frames(recon, boomerang=boomerang)]
+    frames = [frame.resize(size) for frame in to_frames(images, boomerang=boomerang)]
     typer.echo(f"{printable(str(save_animation(frames, out, fps)))}: {len(frames)} images")
 
 # %% ../../nbs/15_cli/01_models.ipynb #c0010
+def _distances_text(distances) -> str:
+    """What `sample_distances` gives, as text."""
+    from facevae.metrics.tables import SAMPLE_SOURCES
+
+    first, width = distances.iloc[0], max(map(len, SAMPLE_SOURCES.values()))
+    where = "on white" if first["view"] == "face" else "whole images"
+    lines = [f"KID on AlexNet features from {first.test_faces} test faces ({where}; 0 is no distance):"]
+    for row in distances.itertuples():
+        lines.append(f"  {SAMPLE_SOURCES[row.source]:<{width}}  {row.kid:6.3f} ± {row.standard_error:.3f}")
+    return "\n".join(lines)
+
+
+def cli_sample(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="The contact sheet.")],
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many faces.")] = 64,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="SOURCE",
+            help="prior, the standard normal distribution; posterior, the aggregate posterior of the store's "
+            "training faces, whose samples are close to these; or gaussian, a normal distribution fitted to "
+            "it, whose samples are new faces.",
+        ),
+    ] = "prior",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A store, such as the one that the model was trained on: to sample from its faces, and to "
+            "measure how far samples are from them."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the samples.")] = 0,
+    device: DeviceOption = None,
+    plugin: PluginOption = None,
+):
+    """Sample faces that nobody has, as a contact sheet; with --data, say how far they are from real ones.
+
+    A model with masks shows its faces on white, by the masks that it predicts.
+    """
+    from facevae.editing.photos import save_png
+    from facevae.metrics.tables import SAMPLE_SOURCES
+    from facevae.model import sampling
+
+    _check_ending(out, ".png")
+    check_writable(out)
+    vae, store = load_model(model, device), _open_store(data)
+    faces = None
+    if store and source != "prior":
+        faces = sampling.encode_store(vae, store, limit=sampling.MAX_ENCODED_FACES)
+    latents = sampling.sample_latents(vae, source, count, seed, faces)
+    distances = None if store is None else sampling.sample_distances(vae, store, seed=seed)
+    images = sampling.faces_on_white(*sampling.decode_latents(vae, latents))  # (count, 3, S, S)
+    path = printable(str(save_png(sampling.contact_sheet(images), out)))
+    typer.echo(f"{path}: {count} {SAMPLE_SOURCES[source]}, seed {seed}")
+    if distances is not None:
+        typer.echo(_distances_text(distances))
+
+# %% ../../nbs/15_cli/01_models.ipynb #c0012
 def cli_directions(
     model: ModelArgument,
     data: Annotated[
@@ -278,6 +337,7 @@ def cli_explore(
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page, or only say where it is.")
     ] = True,
+    out: Annotated[Path, typer.Option(help="Where Save writes files.")] = Path("explored"),
     plugin: PluginOption = None,
 ):
     """Explore a model in the browser: pick or upload a face, move it, compare, interpolate, save.
@@ -286,4 +346,4 @@ def cli_explore(
     """
     from facevae.explore.server import serve_explorer
 
-    serve_explorer(model, str(data or ""), compare or "", port, browser)
+    serve_explorer(model, str(data or ""), compare or "", port, browser, out)

@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "editing.photos": "reconstruct_files",
-        "editing.latent_space": "find_direction find_directions interpolate sample_posterior sample_prior traverse",
+        "editing.latent_space": "find_direction find_directions interpolate traverse",
+        "model.sampling": "sample_posterior sample_prior",
         "editing.animation": "save_gif save_mp4",
     },
 )

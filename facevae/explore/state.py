@@ -32,6 +32,7 @@ from facevae.editing.latent_space import (
     find_directions,
 )
 from ..model.inference import Reconstruction, decode_images, encode_images
+from ..model.sampling import sample_prior
 from ..model.vae import FaceVAE
 from ..synthetic.render import draw_faces
 
@@ -43,11 +44,13 @@ class ExplorerFace:
     image: RGB, of any size.
     caption: what it is, in a few words.
     remark: more about it, may be empty.
+    title: what stands below its image.
     """
 
     image: Image.Image
     caption: str
     remark: str = ""
+    title: str = "original"
 
 
 class FaceProvider(Protocol):
@@ -204,6 +207,17 @@ class ExplorerModel:
             if amount and name in self.directions:
                 total = total + amount * self.directions[name].vector
         return total
+
+    def sample(self, seed: int) -> tuple[ExplorerFace, Tensor]:
+        """A face drawn from the prior, on white, and its latents: (latent_dim,)."""
+        latents = sample_prior(self.vae.config.latent_dim, 1, seed)
+        white = Image.new("RGB", (DISPLAY_SIZE, DISPLAY_SIZE), "white")
+        image = on_white(self.decode(latents, white)[0])
+        remark = (
+            "Its latents are random, from N(0, I), to which training pulls those of faces only weakly: it "
+            "may look worse than a reconstruction"
+        )
+        return ExplorerFace(image, f"Face {seed} drawn from the prior", remark, "drawn"), latents[0]
 
     def decode(self, latents: Tensor, original: Image.Image) -> list[Reconstruction]:
         """Images of latents (N, latent_dim), at the size of the original, which is pasted around them."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MS_SSIM_WEIGHTS', 'VIF_MIN_SIZE', 'METRIC_FUNCTIONS', 'ALEXNET_FILE', 'ALEXNET_DIGEST', 'ms_ssim_scales', 'ssim',
            'ms_ssim', 'vif', 'l1', 'l2', 'psnr', 'sharpness', 'delta_e', 'mask_iou', 'own_rule', 'compute_view_metrics',
-           'compute_metrics', 'lpips_metric', 'load_lpips']
+           'compute_metrics', 'lpips_metric', 'load_lpips_network', 'load_lpips']
 
 # %% ../../nbs/07_metrics/02_image.ipynb #c0002
 import inspect
@@ -258,8 +258,8 @@ def lpips_metric(network: torch.nn.Module) -> Callable:
     return lpips
 
 
-def load_lpips(device: str | torch.device = "cpu") -> Callable:
-    """The metric LPIPS with its network, from the weights that come with the package.
+def load_lpips_network(device: str | torch.device = "cpu") -> torch.nn.Module:
+    """The `lpips.LPIPS` network, from the weights that come with the package.
 
     device: where the network goes.
     Raises FaceVAEError when the file of weights is not the one that came with the package.
@@ -280,4 +280,9 @@ def load_lpips(device: str | torch.device = "cpu") -> Callable:
     for name in network.net.state_dict():  # slice2.3.weight is AlexNet's features.3.weight
         weights[f"net.{name}"] = alexnet[f"features.{name.partition('.')[2]}"]
     network.load_state_dict(weights, strict=False, assign=True)
-    return lpips_metric(network.requires_grad_(False).eval().to(device))
+    return network.requires_grad_(False).eval().to(device)
+
+
+def load_lpips(device: str | torch.device = "cpu") -> Callable:
+    """The metric LPIPS with its network; device and errors as for `load_lpips_network`."""
+    return lpips_metric(load_lpips_network(device))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['L1_AXIS', 'L2_AXIS', 'SHARPNESS_AXIS', 'METRICS', 'MAX_OWN_METRICS', 'VIEWS', 'MAX_LATENTS', 'LATENT_COLUMNS',
-           'Metric', 'register_metric', 'own_metrics', 'computed_metrics', 'save_table', 'load_metrics', 'load_latents']
+           'DISTANCE_COLUMNS', 'SAMPLE_SOURCES', 'Metric', 'register_metric', 'own_metrics', 'computed_metrics',
+           'save_table', 'load_metrics', 'load_latents', 'load_distances']
 
 # %% ../../nbs/07_metrics/00_tables.ipynb #c0002
 import operator
@@ -146,6 +147,14 @@ def computed_metrics() -> list[str]:
 VIEWS = ("raw", "composite", "face", "predicted")
 MAX_LATENTS = 2**16
 LATENT_COLUMNS = ("dimension", "kl", "mean_variance", "noise", "active")
+DISTANCE_COLUMNS = ("source", "view", "kid", "standard_error", "count", "test_faces")
+SAMPLE_SOURCES = {
+    "prior": "samples from the prior",
+    "gaussian": "samples from the normal distribution fitted to the aggregate posterior",
+    "posterior": "samples from the aggregate posterior",
+    "reconstruction": "reconstructions",
+    "real": "other real faces",
+}  # what is compared with real faces
 
 
 def save_table(table: "pandas.DataFrame", path: str | Path) -> Path:
@@ -197,4 +206,17 @@ def load_latents(path: str | Path) -> "pandas.DataFrame":
     if not complete or not np.isfinite(table.astype(float)).all(axis=None):
         columns = ", ".join(LATENT_COLUMNS)
         raise FaceVAEError(f"'{path}' is not a table of latent dimensions ({columns}, all finite). {remedy}")
+    return table
+
+
+def load_distances(path: str | Path) -> "pandas.DataFrame":
+    """A row for each of `SAMPLE_SOURCES`, from a run's distances.parquet.
+
+    Raises FaceVAEError when the file is missing or not such a table.
+    """
+    remedy = "It is written when a run is evaluated: evaluate the run again."
+    table, _ = read_table(path, remedy, texts=("source", "view"), max_rows=len(SAMPLE_SOURCES))
+    if list(table) != list(DISTANCE_COLUMNS) or list(table["source"]) != list(SAMPLE_SOURCES):
+        columns = ", ".join(DISTANCE_COLUMNS)
+        raise FaceVAEError(f"'{path}' is not a table of distances ({columns}). {remedy}")
     return table

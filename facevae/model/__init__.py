@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "model.vae": "FaceVAE FaceVAEOutput paste_background",
         "model.losses": "loss_terms weight_terms",
         "model.keras": "load_keras",
+        "model.sampling": "decode_latents encode_store sample_distances sample_posterior sample_prior",
     },
 )

@@ -8,7 +8,9 @@ __all__ = ['CARD', 'MODEL_FILES', 'DRAWN_FACES', 'DRAWN_FACES_NOTE', 'metrics_se
 
 # %% ../../nbs/08_model/03_pretrained.ipynb #c0002
 import contextlib
+import html
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -221,6 +223,12 @@ class Pretrained(PyTorchModelHubMixin):
         vae.load_state_dict(weights, assign=True)
         vae.card, vae.folder = read_card(config_path.parent), config_path.parent
         return vae.eval()
+
+    @property
+    def title(self) -> str:
+        """What its card calls it, such as "H9 (ssim+l2, with face masks)"; empty without a card of a run."""
+        found = re.search(r"^# FaceVAE (.+)$", self.card or "", re.MULTILINE)
+        return html.unescape(re.sub(r"\\(.)", r"\1", found[1])) if found else ""
 
     @property
     def photo_note(self) -> str:

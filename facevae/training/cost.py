@@ -22,7 +22,9 @@ from ..core import error_sentence
 from ..data.loader import Batches
 from ..data.store import FaceStore
 from ..metrics.image import load_lpips
-from .evaluation import evaluate, evaluation_batch_size
+from ..model.inference import evaluation_mode
+from ..model.sampling import sample_distances
+from .evaluation import distance_count, evaluate, evaluation_batch_size
 from .hardware import device_name, use_threads
 from .trainer import Trainer
 
@@ -71,6 +73,16 @@ def _time_evaluation(trainer: Trainer, images: int) -> float:
     return (_now(device) - begun) / batch_size
 
 
+def _time_samples(trainer: Trainer) -> float:
+    """Seconds that it takes to say how far samples are from real faces."""
+    config, device, count = trainer.config, trainer.device, distance_count(trainer.config)
+    few, options = min(count, 32), dict(parts=config.face_parts, batch_size=evaluation_batch_size(device))
+    with evaluation_mode(trainer.vae):
+        begun = _now(device)
+        sample_distances(trainer.vae, trainer.store, few, **options)
+    return (_now(device) - begun) / few * count
+
+
 def _memory(device: torch.device) -> int:
     """Bytes that this process has taken at most: of the GPU, or resident ones of the machine."""
     if device.type == "cuda":
@@ -84,8 +96,8 @@ def measure_run(config: RunConfig, store: FaceStore) -> dict[str, Any]:
 
     config: its size decided.
     Returns, as JSON can hold it: device, precision; parameters; memory (bytes); start, step,
-    validation (all of it, once), evaluation (of all test images): seconds; timed_steps, how many were; free,
-    the bytes free on each GPU before.
+    validation (all of it, once), evaluation (of all test images, and of samples): seconds; timed_steps, how
+    many were; free, the bytes free on each GPU before.
     """
     gpus = range(torch.cuda.device_count())
     free = [torch.cuda.mem_get_info(gpu)[0] for gpu in gpus]
@@ -108,7 +120,7 @@ def measure_run(config: RunConfig, store: FaceStore) -> dict[str, Any]:
             "timed_steps": timed_steps,
             "step": step,
             "validation": validation * val_images,
-            "evaluation": _time_evaluation(trainer, test_images) * test_images,
+            "evaluation": _time_evaluation(trainer, test_images) * test_images + _time_samples(trainer),
             "memory": _memory(trainer.device),
             "free": free,
         }

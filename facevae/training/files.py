@@ -20,7 +20,7 @@ from ..safe_io import require_file
 # %% ../../nbs/09_training/00_files.ipynb #c0004
 # What the results of a run rest on, besides status.json. The report is made of these.
 RESULT_FILES = (
-    *("config.json", "log.jsonl", "metrics.parquet", "latents.parquet"),
+    *("config.json", "log.jsonl", "metrics.parquet", "latents.parquet", "distances.parquet"),
     *("model/config.json", "model/model.safetensors"),
 )
 

@@ -252,6 +252,7 @@ class RunDirectory:
     model = property(lambda self: self._at("model"))
     metrics = property(lambda self: self._at("metrics.parquet"))
     latents = property(lambda self: self._at("latents.parquet"))
+    distances = property(lambda self: self._at("distances.parquet"))
     samples = property(lambda self: self._at("samples.png"))
 
     @property
