@@ -9,13 +9,14 @@ WORKERS ?= 3
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo model test test-slow check format notebooks clean
+.PHONY: help demo model test test-slow check format notebooks wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv, run the ten-hypothesis study on drawn faces, print the report's path"
 	@echo "make test       install with development extras; run every notebook's tests, pytest, and the checks"
 	@echo "make test-slow  the tests that take longer than a few minutes"
+	@echo "make wheel      build the wheel, in dist/"
 	@echo "make model      train the model that ships with the package again (half an hour on two cores)"
 	@echo "make check      clean notebooks, exported library, direction of imports, style: what needs no test to run"
 	@echo "make format     format notebooks and tests, and export the library"
@@ -64,6 +65,9 @@ notebooks: $(VENV)/installed-dev
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/readme_images.py
 	$(BIN)/python tests/check_repository.py --write-readme
+
+wheel: $(VENV)/installed
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format nbs tests setup.py

@@ -20,7 +20,7 @@ NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d", path.relative_to(ROOT 
 HAND_WRITTEN = {"__init__", "_lazy", "_moved", "_modidx", "_paths"}  # no notebook exports them
 MAX_NOTEBOOK, MAX_OUTPUT = 1_000_000, 200_000  # bytes
 
-# Who may import whom, from the bottom to the top. The README shows the same (see `index_shows_the_imports`).
+# Who may import whom, from the bottom to the top. The notebook on the architecture shows the same.
 IMPORTS = {
     "core": "",
     "atomic_io": "core",
@@ -192,17 +192,18 @@ def readme_is_rendered():
             yield f"README.md leads to {target}, which is not there"
 
 
-def index_shows_the_imports():
-    """The table in index.ipynb lists every folder with what it imports, as IMPORTS has it."""
-    text = "\n".join(source(cell) for cell in read(ROOT / "nbs" / "index.ipynb")["cells"])
+def architecture_shows_the_imports():
+    """The table in architecture.ipynb lists every folder with what it imports, as IMPORTS has it."""
+    text = "\n".join(source(cell) for cell in read(ROOT / "nbs" / "architecture.ipynb")["cells"])
     rows = dict(re.findall(r"^\| \[?`(\w+)`[^|]*\|[^|]*\| *([\w ,]*?) *\|$", text, flags=re.M))
     for package, allowed in IMPORTS.items():
         if package == "launch":
             continue
         if package not in rows:
-            yield f"nbs/index.ipynb has no row for {package} in its table of folders"
+            yield f"nbs/architecture.ipynb has no row for {package} in its table of folders"
         elif rows[package].replace(",", " ").split() != allowed.split():
-            yield f"nbs/index.ipynb lets {package} import {rows[package] or 'nothing'}, IMPORTS {allowed}"
+            shown = rows[package] or "nothing"
+            yield f"nbs/architecture.ipynb lets {package} import {shown}, IMPORTS {allowed}"
 
 
 def settings() -> configparser.SectionProxy:
@@ -236,7 +237,7 @@ CHECKS = (
     imports_go_downwards,
     imports_are_light,
     readme_is_rendered,
-    index_shows_the_imports,
+    architecture_shows_the_imports,
     environment_names_the_requirements,
     parameters_are_tagged,
     *CODE_CHECKS,

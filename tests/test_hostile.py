@@ -43,10 +43,11 @@ from facevae.analysis.report import (
 from facevae.analysis.results import load_sweep, mean_over_images, mean_over_seeds
 from facevae.config import make_config, parse_settings
 from facevae.core import FaceVAEError, file_digest
+from facevae.data.attributes import read_attributes
 from facevae.data.images import UnusableInput, read_image, read_labels
 from facevae.data.labels import LABEL_CLASSES
 from facevae.data.packing import FaceBatch, pack
-from facevae.data.sources import FolderSource, read_attributes
+from facevae.data.sources import FolderSource
 from facevae.data.store import FaceStore
 from facevae.editing.photos import reconstruct_files
 from facevae.metrics.tables import load_distances, load_latents, load_metrics

@@ -29,6 +29,7 @@ from PIL import Image
 from facevae.analysis.claims import sweep_claims
 from facevae.analysis.results import read_log, read_run
 from facevae.core import FaceVAEError
+from facevae.data.attributes import read_attributes
 from facevae.data.celeba import CelebAMaskHQSource, CelebASource
 from facevae.data.decoding import MAX_DECODING_BYTES, MemoryBudget, UnusableInput
 from facevae.data.images import (
@@ -40,7 +41,7 @@ from facevae.data.images import (
 )
 from facevae.data.labels import LABEL_CLASSES
 from facevae.data.packing import pack
-from facevae.data.sources import FolderSource, read_attributes
+from facevae.data.sources import FolderSource
 from facevae.data.store import FaceStore
 from facevae.editing.photos import find_photos, prepare_photo
 from facevae.metrics.tables import load_metrics

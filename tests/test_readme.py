@@ -1,6 +1,7 @@
-"""Every block of code in README.md: Python is run at a tiny scale, commands are parsed, TOML is read."""
+"""Every block of code in README.md and the guide: Python is run, commands are parsed, TOML is read."""
 
 import configparser
+import json
 import re
 import shlex
 import subprocess
@@ -13,7 +14,16 @@ from conftest import ROOT, forgotten
 
 from facevae.cli.app import app
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
+INSTALL_FROM = SETTINGS["DEFAULT"]["install_from"]
+GUIDE = json.loads((ROOT / "nbs" / "guide.ipynb").read_text(encoding="utf-8"))
+README = "\n".join(
+    [
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        *("".join(cell["source"]) + "\n" for cell in GUIDE["cells"]),
+    ]
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -48,10 +58,17 @@ def test_a_command_line_is_understood(words, tmp_path, monkeypatch):
             subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True).returncode == 0
         )
     elif program == "pip":
-        settings = configparser.ConfigParser(delimiters=["="])
-        settings.read(ROOT / "settings.ini", encoding="utf-8")
-        extra = re.fullmatch(r"facevae\[(\w+)\]", arguments[-1])[1]
-        assert arguments[0] == "install" and f"{extra}_requirements" in settings["DEFAULT"]
+        extra = re.fullmatch(r"facevae\[(\w+)\]", arguments[-1])
+        assert arguments[0] == "install"
+        assert (
+            f"{extra[1]}_requirements" in SETTINGS["DEFAULT"]
+            if extra
+            else arguments[1:]
+            in (
+                ["torch", "torchvision"],
+                [INSTALL_FROM],
+            )
+        )
     elif program == "papermill":
         known = papermill.inspect_notebook(str(ROOT / arguments[0]))
         assert arguments[2::3] == ["-p"] * len(arguments[2::3]) and set(arguments[3::3]) <= set(known)
@@ -115,3 +132,15 @@ def test_every_block_is_tested():
     languages = re.findall(r"^```(\w*)$", README, flags=re.M)[::2]
     assert set(languages) == {"sh", "python", "toml"}
     assert len(blocks("python")) == 3 and len(blocks("toml")) == 1
+
+
+def test_what_is_installed_is_there():
+    """README and tutorials install from where settings.ini says, for no index has it, and quote extras."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "nbs").rglob("*.ipynb")}
+    texts[ROOT / "README.md"] = README
+    for path, text in texts.items():
+        assert not re.search(r"pip\s+install(?: --?\w+| torch\w*)* facevae\b(?!-)", text), path
+    assert f"pip install {INSTALL_FROM}" in README
+    checkout = "../.." if INSTALL_FROM == "." else INSTALL_FROM
+    for path in (ROOT / "nbs" / "tutorials").glob("*.ipynb"):
+        assert checkout in texts[path] and "facevae-*.whl" in texts[path], path

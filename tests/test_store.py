@@ -13,14 +13,16 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import rewrite
+from conftest import facevae_here, rewrite
 from PIL import Image
 
 import facevae.data.packing
 from facevae.core import FaceVAEError
+from facevae.data.card import store_card
 from facevae.data.labels import LABEL_CLASSES
-from facevae.data.packing import FaceBatch, Skipped, pack
+from facevae.data.packing import SPLIT_SHARES, FaceBatch, Skipped, identity_splits, pack
 from facevae.data.sources import FolderSource
 from facevae.data.store import FaceStore
 
@@ -441,3 +443,66 @@ def test_names_stay_inside(folders, tmp_path):
     (images / "01.jpg").symlink_to(outside / "secret.jpg")
     store = pack(FolderSource(images, labels, "face-parsing", SIZE), tmp_path / "store", progress=False)
     assert list(store.index["name"]) == [f"{i:02d}.jpg" for i in range(40)]
+
+
+def packed_people(folders, tmp_path, rows: dict[str, list], out: str = "store"):
+    """The command on forty faces and a table of these columns: the command, and the store if any."""
+    table = pd.DataFrame({"name": [f"{i:02d}.jpg" for i in range(40)], **rows})
+    table.to_csv(tmp_path / "people.csv", index=False)
+    arguments = ["--images", folders[0], "--labels", folders[1], "--attributes", tmp_path / "people.csv"]
+    options = ["--scheme", "face-parsing", "--size", SIZE, "--out", tmp_path / out]
+    done = facevae_here("pack", "folder", *arguments, *options)
+    return done, None if done.returncode else FaceStore(tmp_path / out)
+
+
+def test_the_splits_of_a_table(folders, tmp_path):
+    splits = ["test", "train", "VAL", "train"] * 10
+    done, store = packed_people(folders, tmp_path, {"split": splits, "Hat": [1, 0] * 20})
+    assert list(store.index["split"]) == [split.lower() for split in splits] and list(store.attributes) == [
+        "Hat"
+    ]
+    assert "column 'split'" in done.stderr and "column 'split'" in " ".join(store.manifest.notes)
+    for word in ("valid", "0", ""):
+        done, _ = packed_people(folders, tmp_path, {"split": [word, *splits[1:]]}, "other")
+        assert done.returncode == 1 and "The split of '00.jpg'" in done.stderr
+        assert "train, val, test" in done.stderr and not (tmp_path / "other").exists()
+
+
+def test_nobody_is_in_two_splits(folders, tmp_path):
+    people = [f"{i // 4:03d}" for i in range(40)]
+    done, store = packed_people(folders, tmp_path, {"identity": people})
+    index = store.index.assign(person=people)
+    assert (index.groupby("person")["split"].nunique() == 1).all() and not len(store.attributes.columns)
+    assert index["split"].value_counts().to_dict() == {"train": 32, "val": 4, "test": 4}
+    assert "in two splits" in done.stderr and "in two splits" in store_card(store)
+    again = packed_people(folders, tmp_path, {"identity": people}, "again")[1]
+    assert again.fingerprint == store.fingerprint
+    splits = [("train", "test")[int(person) % 2] for person in people]
+    _, both = packed_people(folders, tmp_path, {"identity": people, "split": splits}, "both")
+    assert list(both.index["split"]) == splits
+    torn = {"identity": people, "split": ["train"] * 5 + ["val"] + ["test"] * 34}
+    done, _ = packed_people(folders, tmp_path, torn, "torn")
+    assert done.returncode == 1 and "'001'" in done.stderr and not (tmp_path / "torn").exists()
+    done, _ = packed_people(folders, tmp_path, {"identity": ["", *people[1:]]}, "torn")
+    assert done.returncode == 1 and "The identity of '00.jpg'" in done.stderr
+
+
+def test_a_face_without_a_row_is_left_out_by_name(folders, tmp_path):
+    people = [f"{i // 4}" for i in range(40)]
+    for folder, suffix in zip(folders, ("jpg", "png")):
+        shutil.copy(folder / f"00.{suffix}", folder / f"99.{suffix}")
+    done, _ = packed_people(folders, tmp_path, {"identity": people})
+    assert done.returncode == 1 and "99.jpg: no attributes: the table of attributes has no row" in done.stderr
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whole_people_are_split_near_the_shares(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, rng.integers(2, 40), rng.integers(20, 300))
+    people = rng.permutation(np.repeat([f"person {i}" for i in range(len(sizes))], sizes)).tolist()
+    splits = identity_splits(people)
+    assert len(set(zip(people, splits))) == len(sizes), "nobody is in two splits"
+    for split, share in SPLIT_SHARES.items():
+        assert abs(splits.count(split) - share * len(people)) <= max(1, sizes.max() / 2), split
+    moved = rng.permutation(len(people))
+    assert identity_splits([people[i] for i in moved]) == [splits[i] for i in moved], "in any order"

@@ -100,7 +100,11 @@ def pack_folder(
     overwrite: OverwriteOption = False,
     rescale_labels: RescaleLabelsOption = False,
     attributes: Annotated[
-        Path | None, typer.Option(help="CSV of attributes: a column 'name', then one an attribute.")
+        Path | None,
+        typer.Option(
+            help="CSV of attributes: a column 'name', then one an attribute. A column 'split' (train, val, "
+            "test) decides the splits; a column 'identity' keeps a person's faces in one."
+        ),
     ] = None,
 ):
     """Pack your own images and their label maps."""

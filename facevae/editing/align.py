@@ -112,7 +112,7 @@ def _detector():
     except ImportError as error:
         raise FaceVAEError(
             "Finding the face in a photo needs a package that is not installed "
-            f"({error.name or error}). Install it with: pip install facevae[align], or "
+            f"({error.name or error}). Install it with: pip install 'facevae[align]', or "
             f"{MANUAL_ALIGNMENT}, which fits images that are aligned already."
         ) from None
     return CenterFace(backend="opencv")

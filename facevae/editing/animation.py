@@ -72,7 +72,7 @@ def save_mp4(frames: list[Image.Image], path: str | Path, fps: float = 12) -> Pa
         import av
     except ImportError:
         raise FaceVAEError(
-            "Writing MP4 needs PyAV. Install it with: pip install facevae[video], or write a GIF instead."
+            "Writing MP4 needs PyAV. Install it with: pip install 'facevae[video]', or write a GIF instead."
         ) from None
     size = [side + side % 2 for side in frames[0].size]
     with atomic_file(path) as partial, av.open(str(partial), "w", format="mp4") as file:

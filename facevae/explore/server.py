@@ -135,7 +135,8 @@ def _page_class() -> type:
     except ImportError as error:
         raise FaceVAEError(
             f"The explorer's page needs a package that is not installed ({error.name} is missing). Install "
-            "it with: pip install facevae[explore], or open the widget in JupyterLab: facevae.LatentExplorer."
+            "it with: pip install 'facevae[explore]', or open the widget in JupyterLab: "
+            "facevae.LatentExplorer."
         ) from None
     from tornado.httpserver import HTTPServer
     from tornado.ioloop import IOLoop

@@ -263,7 +263,7 @@ def to_onnx(vae: nn.Module, path: str | Path) -> Path:
     except ImportError as error:
         raise FaceVAEError(
             f"Writing ONNX needs packages that are not installed ({error.name} is missing). "
-            "Install them with: pip install facevae[onnx]"
+            "Install them with: pip install 'facevae[onnx]'"
         ) from None
     # A process whose first backward pass comes after an export cannot be forked to train: torch then believes
     # that there are devices to serve. So the first one is here.

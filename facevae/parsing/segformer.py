@@ -114,7 +114,7 @@ def load_segformer(
     except ImportError as error:
         raise FaceVAEError(
             f"The parser 'segformer' needs the library transformers ({error}). "
-            "Install it with: pip install facevae[segformer]"
+            "Install it with: pip install 'facevae[segformer]'"
         ) from None
     folder = fetch_segformer() if weights is None else Path(weights)
     if not folder.is_dir():
