@@ -1,6 +1,7 @@
 """Builds the package from settings.ini, and ships the experiment notebooks inside it."""
 
 import shutil
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -43,11 +44,13 @@ setup(
     python_requires=f">={cfg['min_python']}",
     # Folders of data count as packages: setuptools warns of each that does not.
     packages=find_namespace_packages(include=["facevae", "facevae.*"]),
+    # An editable install warns (8 lines) unless this is said; a wheel would lose its data files by it.
+    package_dir={"": "."} if "editable_wheel" in sys.argv else {},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require={
         extra: cfg[f"{extra}_requirements"].split()
-        for extra in ("dev", "segformer", "video", "onnx", "align", "explore", "tensorboard")
+        for extra in ("dev", "segformer", "video", "onnx", "align", "explore")
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     cmdclass={"build_py": BuildWithNotebooks},

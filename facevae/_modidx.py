@@ -2285,6 +2285,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'facevae/training/optimizer.py'),
                                             'facevae.training.optimizer.ClippedAdam.gradients': ( '09_training/optimizer.html#clippedadam.gradients',
                                                                                                   'facevae/training/optimizer.py'),
+                                            'facevae.training.optimizer.ClippedAdam.restart_average': ( '09_training/optimizer.html#clippedadam.restart_average',
+                                                                                                        'facevae/training/optimizer.py'),
                                             'facevae.training.optimizer.ClippedAdam.step': ( '09_training/optimizer.html#clippedadam.step',
                                                                                              'facevae/training/optimizer.py'),
                                             'facevae.training.optimizer.ClippedAdam.variables': ( '09_training/optimizer.html#clippedadam.variables',

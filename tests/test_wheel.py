@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
+import papermill
 import pytest
 from conftest import TINY
+from test_tutorials import SHORT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,10 +59,31 @@ def test_wheel_runs_the_study(wheel, store, tmp_path):
     )
 
 
+def python_of_colab() -> str:
+    """Python 3.12, where there is one."""
+    named = shutil.which("python3.12")
+    works = named and subprocess.run([named, "-c", ""], capture_output=True).returncode == 0
+    return named if works else sys.executable
+
+
 @pytest.mark.slow
-def test_wheel_in_a_clean_environment(wheel, store, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    binaries = tmp_path / "venv" / "bin"
-    for packages in (["torch", "torchvision"], [str(wheel)]):
-        subprocess.run([binaries / "pip", "install", "--quiet", *packages], check=True)
+def test_quickstart_in_a_bare_environment(wheel, store, tmp_path, monkeypatch):
+    """As on Colab: torch is there, facevae is not, and the wheel lies beside the notebook."""
+    environment, work = tmp_path / "venv", tmp_path / "work"
+    subprocess.run([python_of_colab(), "-m", "venv", environment], check=True)
+    binaries = environment / "bin"
+    subprocess.run([binaries / "pip", "install", "--quiet", "torch", "torchvision", "ipykernel"], check=True)
+    kernel = ["ipykernel", "install", "--prefix", environment, "--name", "bare"]
+    subprocess.run([binaries / "python", "-m", *kernel], check=True)
+    monkeypatch.setenv("JUPYTER_PATH", str(environment / "share" / "jupyter"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    work.mkdir()
+    shutil.copy2(wheel, work)
+    quickstart = str(ROOT / "nbs" / "tutorials" / "quickstart.ipynb")
+    papermill.execute_notebook(
+        quickstart, str(work / "out.ipynb"), SHORT, kernel_name="bare", cwd=work, progress_bar=False
+    )
+    where = [binaries / "python", "-c", "import facevae; print(facevae.__file__)"]
+    said = subprocess.run(where, cwd=work, check=True, capture_output=True, text=True).stdout
+    assert said.startswith(str(environment)), f"the quickstart used {said}"
     study([str(binaries / "facevae")], store, tmp_path)

@@ -106,6 +106,12 @@ class ClippedAdam(torch.optim.Adam):
             self._exchange()
 
     @torch.no_grad()
+    def restart_average(self) -> None:
+        """Let the moving average begin with the variables as they are now."""
+        if self.average is not None:
+            self.average.copy_(self.flat)
+
+    @torch.no_grad()
     def _exchange(self) -> None:
         if self.average is not None:
             kept = self.flat.clone()

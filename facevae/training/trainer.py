@@ -296,12 +296,14 @@ class Trainer:
         return raw, weight_terms(raw, self.config.weights)
 
 # %% ../../nbs/09_training/04_trainer.ipynb #c0025
-def _begin(config: RunConfig, vae: FaceVAE) -> dict[str, Any]:
+def _begin(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
     """The state of a run without a checkpoint: random weights, or those of the model that it begins with."""
     if config.initial_model:
         check_initial_model(config)
-        weights, _ = read_tensors(Path(config.initial_model) / "model.safetensors", vae.state_dict(), "")
-        vae.load_state_dict(weights)
+        path = Path(config.initial_model) / "model.safetensors"
+        weights, _ = read_tensors(path, trainer.vae.state_dict(), "")
+        trainer.vae.load_state_dict(weights)
+        trainer.optimizer.restart_average()
     return TrainerState(step=0).model_dump()
 
 
@@ -350,7 +352,7 @@ def train(config: RunConfig, data: str | Path, out: str | Path, progress: bool =
         accelerator.wait_for_everyone()  # until the run is known to be ours
         trainer = Trainer(config, store, accelerator, run.status.get("precision"))
         state = load_checkpoint(run.checkpoints, trainer.vae, trainer.optimizer)
-        state = state or _begin(config, trainer.vae)
+        state = state or _begin(config, trainer)
         accelerator.wait_for_everyone()  # until all have read it, before anyone writes
         first, ends = state["step"], {*config.extended_at, config.steps}
         log = TrainingLog(run, trainer, first, progress)
