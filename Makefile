@@ -9,7 +9,7 @@ WORKERS ?= 3
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo model test test-slow check format notebooks wheel clean
+.PHONY: help demo model test test-slow check format notebooks docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make model      train the model that ships with the package again (half an hour on two cores)"
 	@echo "make check      clean notebooks, exported library, direction of imports, style: what needs no test to run"
 	@echo "make format     format notebooks and tests, and export the library"
+	@echo "make docs       build the site of the notebooks and the API into _docs, and check its links"
 	@echo "make notebooks  execute the library's notebooks again, clean them, export the library and the README"
 
 # torch and torchvision must come together: a torchvision of another build cannot be imported.
@@ -32,6 +33,10 @@ $(VENV)/installed: settings.ini setup.py pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
 	@touch $@
 
 demo: $(VENV)/installed
@@ -50,7 +55,7 @@ model: $(VENV)/installed
 test: check notebooks-test
 	$(BIN)/pytest -q -n $(WORKERS) tests
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(VENV)/installed-dev $(VENV)/installed-docs
 	$(BIN)/pytest -q -n $(WORKERS) --run-slow tests
 
 check: $(VENV)/installed-dev
@@ -72,6 +77,10 @@ wheel: $(VENV)/installed
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format nbs tests setup.py
 	$(BIN)/nbdev_export
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	@echo "_docs/index.html"
 
 clean:
 	rm -rf build dist *.egg-info _proc _docs

@@ -50,7 +50,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         extra: cfg[f"{extra}_requirements"].split()
-        for extra in ("dev", "segformer", "video", "onnx", "align", "explore")
+        for extra in ("dev", "docs", "segformer", "video", "onnx", "align", "explore", "tensorboard")
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     cmdclass={"build_py": BuildWithNotebooks},
