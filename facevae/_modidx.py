@@ -462,6 +462,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'facevae/bench/roofline.py'),
                                         'facevae.bench.roofline.forward_times': ( '14_bench/roofline.html#forward_times',
                                                                                   'facevae/bench/roofline.py'),
+                                        'facevae.bench.roofline.layer_kind': ( '14_bench/roofline.html#layer_kind',
+                                                                               'facevae/bench/roofline.py'),
                                         'facevae.bench.roofline.layer_shapes': ( '14_bench/roofline.html#layer_shapes',
                                                                                  'facevae/bench/roofline.py'),
                                         'facevae.bench.roofline.loss_only': ( '14_bench/roofline.html#loss_only',

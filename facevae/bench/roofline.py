@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAYER_PASSES', 'MATRIX_PRODUCTS', 'LAYER_KINDS', 'GPU_DATA_SHEETS', 'KIND_MARKERS', 'OPERATOR_KINDS', 'KIND_GROUPS',
-           'layer_shapes', 'step_costs', 'best_seconds', 'measure_peaks', 'roofline_bound', 'forward_times',
-           'roofline_plot', 'operator_kind', 'operator_times', 'loss_only', 'profile_step', 'compare_with_roofline']
+           'layer_kind', 'layer_shapes', 'step_costs', 'best_seconds', 'measure_peaks', 'roofline_bound',
+           'forward_times', 'roofline_plot', 'operator_kind', 'operator_times', 'loss_only', 'profile_step',
+           'compare_with_roofline']
 
 # %% ../../nbs/14_bench/02_roofline.ipynb #c0002
 import logging
@@ -47,6 +48,11 @@ LAYER_KINDS = {
 }
 
 
+def layer_kind(layer: nn.Module) -> str:
+    """What a layer is in the tables of costs; empty for what costs nothing by itself."""
+    return next((kind for layer_type, kind in LAYER_KINDS.items() if isinstance(layer, layer_type)), "")
+
+
 def layer_shapes(config: ModelConfig, batch_size: int) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
     """(name, layer, shape of its input, shape of its output) of a model's layers, in the order they run."""
     shapes = []
@@ -59,7 +65,7 @@ def layer_shapes(config: ModelConfig, batch_size: int) -> list[tuple[str, nn.Mod
         images = torch.empty(batch_size, 3, config.size, config.size)
         noise = torch.empty(batch_size, config.latent_dim)
     for name, layer in vae.named_modules():
-        if type(layer) in LAYER_KINDS:
+        if layer_kind(layer):
             layer.register_forward_hook(lambda *call, name=name: note(name, *call))
     vae(images, noise=noise, sample=True)
     return shapes
@@ -70,7 +76,7 @@ def _layer_costs(
 ) -> list[tuple[str, int, int]]:
     """(pass, operations, bytes) of a layer. element: bytes of a number."""
     count_in, count_out = inputs.numel(), outputs.numel()
-    kind = LAYER_KINDS[type(layer)]
+    kind = layer_kind(layer)
     if kind in MATRIX_PRODUCTS:
         weights = layer.weight.numel()
         places = inputs if kind == "transposed convolution" else outputs
@@ -100,7 +106,7 @@ def step_costs(config: ModelConfig, batch_size: int, precision: str = "fp32") ->
         for cost in _layer_costs(layer, inputs, outputs, element):
             first = name.startswith("encoder") and inputs[1] == 3
             if not (first and cost[0] == "backward by input"):  # nobody asks for an image's gradient
-                rows.append((name, LAYER_KINDS[type(layer)], *cost))
+                rows.append((name, layer_kind(layer), *cost))
     # SSIM: means of 5 products over windows of 9 + 9, 3 of them on the way back; some 30 operations a value.
     for part, windows, tensors in (("forward", 5, 8), ("backward by input", 3, 12)):
         flops = (windows * 2 * 2 * 9 + 30) * 3 * pixels + 20 * pixels
@@ -215,7 +221,7 @@ def forward_times(
         least[name] = min(least.get(name, float("inf")), time.perf_counter() - started[name])
 
     for name, layer in vae.named_modules():
-        if type(layer) in LAYER_KINDS:
+        if layer_kind(layer):
             layer.register_forward_pre_hook(lambda *_, name=name: before(name))
             layer.register_forward_hook(lambda *_, name=name: after(name))
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
