@@ -93,6 +93,10 @@ def sweep_facts(sweep: Sweep) -> list[tuple[str, str]]:
         run.step_mode if run.step_mode == run.step_asked else f"{run.step_mode} ({run.step_reason})"
         for run in runs[runs.step_mode.notna()].itertuples()
     )
+    stopped = done[done.stop_reason.map(bool) & done.stop_reason.notna()]
+    facts["Stopped early"] = " ".join(
+        f"{run.hypothesis} seed {run.seed}: {run.stop_reason}" for run in stopped.itertuples()
+    )
     versions = next((versions for versions in runs.versions if isinstance(versions, dict)), {})
     facts["Versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     facts["Report made with"] = f"facevae {__version__}, Python {platform.python_version()}"

@@ -61,14 +61,17 @@ AcceptCodeOption = Annotated[
 SAID_METRICS = ("ssim", "lpips", "l1", "l2", "delta_e")
 
 
-def run_sentence(config, store) -> str:
-    """What a run is, in one line.
+def run_sentence(config, data: Path, runs: int = 1) -> str:
+    """What a run is, or each of several that differ in hypothesis and seed, in one line.
 
     config: of the run, its size decided.
-    store: that it is trained on.
+    data: the store that it is trained on.
+    runs: how many there are.
     """
+    from facevae.data.store import FaceStore
     from facevae.sweep.workers import visible_gpus
 
+    store = FaceStore(data)
     faces = {split: len(store.rows(split)) for split in ("train", "val", "test")}
     size = f"{config.size} px"
     if config.size < store.size:
@@ -76,8 +79,11 @@ def run_sentence(config, store) -> str:
     title = config.hypothesis
     if title[0] == "H":
         title += f" ({config.terms}, {'with' if config.mask else 'without'} masks)"
+    title += f", preset {config.preset}, seed {config.seed}"
+    if runs > 1:
+        title = f"{runs} runs, preset {config.preset}, each"
     return (
-        f"{title}, preset {config.preset}, seed {config.seed}: {config.steps:,} steps of {config.batch_size} "
+        f"{title}: {config.steps:,} steps of {config.batch_size} "
         f"images at {size}, width {config.width:g}; {faces['train']:,} faces to train on, {faces['val']:,} "
         f"to validate, {faces['test']:,} to test; on {'a GPU' if visible_gpus() else 'the processor'}."
     )
@@ -92,7 +98,8 @@ def result_sentence(run) -> str:
     known = [METRICS[name] for name in SAID_METRICS if name in means]
     numbers = ", ".join(f"{one.label} {means[one.name]:.{one.digits}f} {one.arrow}" for one in known)
     images, faces = f"{table.image.nunique():,} test faces", run.path / "samples.png"
-    return f"On {images} (face view): {numbers}. Faces: {faces}"
+    stopped = f"{reason} " if (reason := run.status.get("stop_reason")) else ""
+    return f"{stopped}On {images} (face view): {numbers}. Faces: {faces}"
 
 
 def _execute(spec, accept_code: bool):
@@ -156,7 +163,7 @@ def cli_train(
         typer.echo(f"{out} is finished already.")
         return
     store.check(progress=True)
-    typer.echo(run_sentence(config, store))
+    typer.echo(run_sentence(config, data))
     if dry_run:
         typer.echo(estimate_text([spec], data, WorkerCount(1, "")))
         return
@@ -263,9 +270,9 @@ def cli_ablate(
 
     cluster = _cluster(scheduler, scheduler_file, dry_run, ca=tls_ca, cert=tls_cert, key=tls_key)
     seed_list, count = None if seeds is None else parse_seeds(seeds), parse_workers(workers)
-    overrides = parse_settings(settings or [])
     options = {"only": only, "accept_code": accept_code, "write": not dry_run}
-    runs = plan_sweep(data, out, hypotheses, seed_list, preset, overrides, **options)
+    runs = plan_sweep(data, out, hypotheses, seed_list, preset, parse_settings(settings or []), **options)
+    typer.echo(run_sentence(runs[0].config, data, len(runs)))
     if dry_run:
         left = [one for one in runs if one.initial_state not in ("done", *["failed"] * (not retry_failed))]
         text = estimate_text(left, data, sweep_workers(left, data, count)) if left else ""
