@@ -50,7 +50,11 @@ def test_a_command_line_is_understood(words, tmp_path, monkeypatch):
     if program == "facevae":
         monkeypatch.chdir(tmp_path)
         (block,) = [block for block in blocks("python") if "register_term" in block]
-        (tmp_path / "my_ideas.py").write_text(block)  # the file that a command line names
+        (tmp_path / "my_ideas.py").write_text(block)  # the files that command lines name
+        (study,) = blocks("yaml")
+        for path in (tmp_path / "study.yaml", tmp_path / "runs" / "h9" / "run.yaml"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(study if path.stem == "study" else "hypothesis: H9\ndata: stores/mine\n")
         with forgotten():
             parse(typer.main.get_command(app), arguments)
     elif program == "make":
@@ -130,8 +134,8 @@ def test_a_claim_of_your_own():
 
 def test_every_block_is_tested():
     languages = re.findall(r"^```(\w*)$", README, flags=re.M)[::2]
-    assert set(languages) == {"sh", "python", "toml"}
-    assert len(blocks("python")) == 3 and len(blocks("toml")) == 1
+    assert set(languages) == {"sh", "python", "toml", "yaml"}
+    assert len(blocks("python")) == 3 and len(blocks("toml")) == len(blocks("yaml")) == 1
 
 
 def test_what_is_installed_is_there():

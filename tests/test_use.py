@@ -144,7 +144,7 @@ def test_onnx_without_its_packages(model, tmp_path, package):
         pytest.importorskip(name)  # and onnx aborts the process when it is imported a second time
     with (
         mock.patch.dict(sys.modules, {package: None}),
-        pytest.raises(FaceVAEError, match=r"pip install facevae\[onnx\]"),
+        pytest.raises(FaceVAEError, match=r"pip install 'facevae\[onnx\]'"),
     ):
         FaceVAE.from_pretrained(model).to_onnx(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

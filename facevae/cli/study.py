@@ -272,11 +272,11 @@ def cli_ablate(
     seed_list, count = None if seeds is None else parse_seeds(seeds), parse_workers(workers)
     options = {"only": only, "accept_code": accept_code, "write": not dry_run}
     runs = plan_sweep(data, out, hypotheses, seed_list, preset, parse_settings(settings or []), **options)
-    typer.echo(run_sentence(runs[0].config, data, len(runs)))
     if dry_run:
         left = [one for one in runs if one.initial_state not in ("done", *["failed"] * (not retry_failed))]
         text = estimate_text(left, data, sweep_workers(left, data, count)) if left else ""
         return typer.echo(text or f"Of the {len(runs)} runs in {out} none is left to do.")
+    typer.echo(run_sentence(runs[0].config, data, len(runs)))
     failed = run_sweep(runs, data, count, retry_failed=retry_failed, accept_code=accept_code, **cluster)
     typer.echo(f"Report: {run_report(out)}")
     if failed:
