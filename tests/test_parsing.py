@@ -333,7 +333,7 @@ def undisturbed(photos, weights, tmp_path_factory):
     return out
 
 
-def labelled(out: Path) -> int:
+def label_count(out: Path) -> int:
     """How many label maps a directory holds; another process may be removing what it had only begun."""
     return sum(name.endswith(".png") for _, _, names in os.walk(out) for name in names)
 
@@ -341,7 +341,7 @@ def labelled(out: Path) -> int:
 def until_labelled(out: Path, count: int, process: subprocess.Popen) -> None:
     """Wait until a directory holds so many label maps."""
     until = time.monotonic() + 60
-    while labelled(out) < count:
+    while label_count(out) < count:
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.005)
 
@@ -355,7 +355,7 @@ def test_interrupted_killed_and_resumed(photos, weights, undisturbed, tmp_path):
     said = process.communicate()[0]
     assert process.returncode == 130 and "goes on where it stopped" in said and "Traceback" not in said
     process = command(photos, out, weights)
-    until_labelled(out, min(labelled(out), 10) + 1, process)
+    until_labelled(out, min(label_count(out), 10) + 1, process)
     os.kill(process.pid, signal.SIGSTOP)  # it is still there, and holds the directory
     second = parse_here(photos, out, weights)
     assert second.returncode == 1 and "Another process" in second.stderr
