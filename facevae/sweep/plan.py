@@ -318,9 +318,12 @@ def _what_counts(fields: dict[str, Any], names: Iterable[str]) -> dict[str, Any]
     return counting | {"settings": {key: value for key, value in settings if key not in IGNORED_SETTINGS}}
 
 
-def _write_sweep_options(out: Path, overrides: dict[str, Any]) -> None:
-    """Write sweep.yaml, with which `facevae ablate --config` makes the sweep again, and its plugins."""
-    sweep, texts = read_sweep(out), {one.name: one.text for one in PLUGINS.values() if one.text is not None}
+def _write_sweep_options(out: Path, sweep: dict[str, Any]) -> None:
+    """Write sweep.yaml, with which `facevae ablate --config` makes the sweep again, and its plugins.
+
+    sweep: what sweep.json holds.
+    """
+    texts = {one.name: one.text for one in PLUGINS.values() if one.text is not None}
     write_plugins(out, texts)
     options = {
         "hypotheses": [hypothesis["name"] for hypothesis in sweep["hypotheses"]],
@@ -329,7 +332,7 @@ def _write_sweep_options(out: Path, overrides: dict[str, Any]) -> None:
         "preset": sweep["preset"],
     }
     options |= {"plugin": [f"plugins/{name}" for name in texts]} if texts else {}
-    write_options(out / SWEEP_OPTIONS_FILE, "ablate", options | {"set": overrides})
+    write_options(out / SWEEP_OPTIONS_FILE, "ablate", options | {"set": sweep["settings"]})
 
 
 def _saved_sweep(out: Path) -> dict[str, Any]:
@@ -364,7 +367,7 @@ def _write_sweep(out: Path, fields: dict[str, Any], hypotheses: list[Hypothesis]
         saved.clear()
         fields = fields | {"plugins": plugins, "hypotheses": list(by_name.values()), "seeds": all_seeds}
         saved.update(fields | kept)
-    _write_sweep_options(out, fields["settings"])
+    _write_sweep_options(out, saved)
 
 
 def record_workers(out: str | Path, text: str) -> None:
