@@ -61,18 +61,22 @@ AcceptCodeOption = Annotated[
 SAID_METRICS = ("ssim", "lpips", "l1", "l2", "delta_e")
 
 
-def run_sentence(config, data: Path, runs: int = 1) -> str:
+def run_sentence(config, data: Path, runs: int = 0) -> str:
     """What a run is, or each of several that differ in hypothesis and seed, in one line.
 
     config: of the run, its size decided.
     data: the store that it is trained on.
-    runs: how many there are.
+    runs: how many a sweep has; 0 for a run of its own. A sweep's process reads no tables: it says how many
+        faces there are, not in which splits.
     """
     from facevae.data.store import FaceStore
     from facevae.sweep.workers import visible_gpus
 
     store = FaceStore(data)
-    faces = {split: len(store.rows(split)) for split in ("train", "val", "test")}
+    faces = f"{len(store):,} faces"
+    if not runs:
+        counts = {split: f"{len(store.rows(split)):,}" for split in ("train", "val", "test")}
+        faces = f"{counts['train']} faces to train on, {counts['val']} to validate, {counts['test']} to test"
     size = f"{config.size} px"
     if config.size < store.size:
         size += f" (the store has {store.size} px; --set size={store.size} trains on them)"
@@ -82,10 +86,10 @@ def run_sentence(config, data: Path, runs: int = 1) -> str:
     title += f", preset {config.preset}, seed {config.seed}"
     if runs > 1:
         title = f"{runs} runs, preset {config.preset}, each"
+    device = "a GPU" if visible_gpus() else "the processor"
     return (
         f"{title}: {config.steps:,} steps of {config.batch_size} "
-        f"images at {size}, width {config.width:g}; {faces['train']:,} faces to train on, {faces['val']:,} "
-        f"to validate, {faces['test']:,} to test; on {'a GPU' if visible_gpus() else 'the processor'}."
+        f"images at {size}, width {config.width:g}; {faces}; on {device}."
     )
 
 
