@@ -51,7 +51,7 @@ def parse_terms(terms: str) -> tuple[str, ...]:
 
 # %% ../nbs/06_config.ipynb #c0012
 # Settings of later versions than the first, and their defaults, with which a run is as it was without them.
-LATER_SETTINGS = {"network": "paper", "ema_decay": 0.0, "patience": 0, "track": "none"}
+LATER_SETTINGS = {"network": "paper", "optimizer": "adam", "ema_decay": 0.0, "patience": 0, "track": "none"}
 LATER_SETTINGS |= {"extended_at": (), "initial_model": "", "initial_sha256": ""}
 
 
@@ -165,7 +165,8 @@ class RunConfig(Settings):
     initial_model: the model whose weights it begins with, "" for random ones.
     initial_sha256: of these weights.
     batch_size: images a step, over all processes.
-    learning_rate: Adam's; with "one-cycle" its peak.
+    optimizer: "adam"; or "muon", which makes updates of matrices orthogonal, see `facevae.training.muon`.
+    learning_rate: the optimiser's; with "one-cycle" its peak.
     schedule: "constant"; or "one-cycle", up over the first tenth of the steps, down to 0 along a cosine.
     adam_epsilon: Adam's.
     clip_norm: largest gradient norm of each single variable, 0 for no clipping.
@@ -201,6 +202,7 @@ class RunConfig(Settings):
     initial_model: str = ""
     initial_sha256: str = ""
     batch_size: int = Field(32, ge=2)
+    optimizer: Literal["adam", "muon"] = "adam"
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "one-cycle"] = "constant"
     adam_epsilon: float = Field(1e-7, gt=0)

@@ -118,11 +118,10 @@ def captured_runs(stand_in, monkeypatch):
     return stand_in
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.8])
-def test_a_run_of_captured_steps_goes_on_as_if_undisturbed(store, captured_runs, tmp_path, ema_decay):
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.8}, {"optimizer": "muon", "ema_decay": 0.8}])
+def test_a_run_of_captured_steps_goes_on_as_if_undisturbed(store, captured_runs, tmp_path, options):
     settings = SMALL | {"steps": 14, "validate_every": 5, "checkpoint_every": 5, "log_every": 1}
-    settings["ema_decay"] = ema_decay
-    config = make_config("H9", "quick", overrides=settings)
+    config = make_config("H9", "quick", overrides=settings | options)
     whole = train(config, store, tmp_path / "whole", progress=False)
     real = Trainer.step
 

@@ -88,13 +88,16 @@ class ClippedAdam(torch.optim.Adam):
             scales = self.clip_norm / norms.clamp_(min=self.clip_norm)
             rows.mul_(scales.index_select(0, self.variable).unsqueeze(1))
         self.zero_grad()
-        super().step()
+        self._update()
         if self.average is not None:
             count = self.state[self.flat]["step"]
-            decay = ((1 + count) / (10 + count)).clamp_(
-                max=self.ema_decay
-            )  # little weight for the first steps
+            # Little weight for the first steps.
+            decay = ((1 + count) / (10 + count)).clamp_(max=self.ema_decay)
             self.average.lerp_(self.flat.detach(), 1 - decay)
+
+    def _update(self) -> None:
+        """Change the variables by their clipped gradients."""
+        super().step()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -41,6 +41,7 @@ from facevae.training.hardware import (
     use_threads,
 )
 from .log import LossTerms, TrainingLog, stop_reason
+from .muon import ClippedMuon
 from .optimizer import ClippedAdam
 from .run import RunDirectory
 from facevae.training.step import (
@@ -174,7 +175,8 @@ class Trainer:
                 module[0].bias.requires_grad_(False)  # the normalisation behind it cancels it
         self.model = accelerator.prepare(sync_batch_norm(model, self.device))
         # Last, because what distributes a model gives its parameters other memory.
-        self.optimizer = ClippedAdam(
+        make_optimizer = ClippedMuon if config.optimizer == "muon" else ClippedAdam
+        self.optimizer = make_optimizer(
             model.parameters(),
             config.learning_rate,
             config.adam_epsilon,
