@@ -131,6 +131,7 @@ class Network(NamedTuple):
     image_decoder: nn.Module  # (B, latent_dim, 1, 1) -> (B, 3, S, S), before the sigmoid
     mask_decoder: nn.Module | None  # (B, latent_dim, 1, 1) -> (B, 1, S, S), if the configuration has one
     initialize: Callable[[nn.Module], None] | None = None  # is called with every module of the model
+    log_std: float | None = None  # of every posterior, to begin with; None for what `initialize` makes of it
 
 
 def _keras_init(module: nn.Module) -> None:
@@ -212,6 +213,9 @@ class FaceVAE(nn.Module, Pretrained):
         self.image_decoder, self.mask_decoder = network.image_decoder, network.mask_decoder
         if network.initialize:
             self.apply(network.initialize)
+        if network.log_std is not None:
+            nn.init.zeros_(self.log_std.weight)
+            nn.init.constant_(self.log_std.bias, network.log_std)
 
     def channels_last(self) -> "FaceVAE":
         """Lay out weights as convolutions want them: channels last, but the first of each decoder; itself."""
