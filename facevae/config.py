@@ -282,7 +282,12 @@ _QUICK = {
     "val_images": 96,
     "test_images": 200,
 }
-_MODERN = {"network": "modern", "weights": {"lpips": 2.0, "texture": 8.0}, "ema_decay": 0.998}
+_MODERN = {
+    "network": "modern",
+    "optimizer": "muon",
+    "weights": {"l1": 8.0, "lpips": 2.0, "texture": 12.0},
+    "ema_decay": 0.998,
+}
 PRESETS: dict[str, dict[str, Any]] = {"paper": {"size": 144}, "quick": _QUICK, "modern": _QUICK | _MODERN}
 OWN_HYPOTHESES = {"modern": "ssim+l1+lpips+texture+mask"}  # of presets that are more than a scale
 

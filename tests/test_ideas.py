@@ -300,7 +300,7 @@ def test_the_preset_modern_brings_its_own_hypothesis_network_and_weights(store, 
     assert done.returncode == 0, done.stderr
     assert "ssim+l1+lpips+texture+mask, preset modern" in done.stdout
     config = RunDirectory(tmp_path / "run").config
-    assert (config.network, config.weights["texture"]) == ("modern", 8)
+    assert (config.network, config.optimizer, config.weights["texture"]) == ("modern", "muon", 12)
     command = (tmp_path / "run" / "model" / "README.md").read_text().split("facevae train ")[1].split("`")[0]
     words = shlex.split(command)
     given = {word: value for word, value in zip(words, words[1:]) if word in ("--hypothesis", "--preset")}
