@@ -6,6 +6,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'facevae/analysis/answers.py'),
                                           'facevae.analysis.answers._best_answer': ( '11_analysis/answers.html#_best_answer',
                                                                                      'facevae/analysis/answers.py'),
+                                          'facevae.analysis.answers._change_words': ( '11_analysis/answers.html#_change_words',
+                                                                                      'facevae/analysis/answers.py'),
                                           'facevae.analysis.answers._leader_words': ( '11_analysis/answers.html#_leader_words',
                                                                                       'facevae/analysis/answers.py'),
                                           'facevae.analysis.answers._loss_answer': ( '11_analysis/answers.html#_loss_answer',

@@ -88,14 +88,19 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}".replace("-", "−")
 
 
+def _change_words(fraction: float) -> str:
+    """By how much errors became smaller: "9.8 % smaller", "1.2 % larger"."""
+    return f"{_percent(abs(fraction))} % {'smaller' if fraction >= 0 else 'larger'}"
+
+
 def gain_words(gain: Gain) -> str:
     """The number with its interval: "9.8 % smaller (95 % interval 9.0 to 10.6)"."""
-    sign, word = (1, "smaller") if gain.fraction >= 0 else (-1, "larger")
+    sign = 1 if gain.fraction >= 0 else -1
     low, high = sorted((sign * gain.low, sign * gain.high))
     interval = f"95 % interval {_percent(low)} to {_percent(high)}"
     if not np.isfinite(low):
         interval = "too few images for an interval"
-    return f"{_percent(abs(gain.fraction))} % {word} ({interval})"
+    return f"{_change_words(gain.fraction)} ({interval})"
 
 
 def _mask_answer(sweep: Sweep, logs: pd.DataFrame) -> str:
@@ -114,8 +119,9 @@ def _mask_answer(sweep: Sweep, logs: pd.DataFrame) -> str:
     fractions = {label: gain.fraction for label, gain in gains.items() if gain}
     if len(fractions) > 1:
         most, least = max(fractions, key=fractions.get), min(fractions, key=fractions.get)
-        signs = {label: f"{_percent(-fractions[label])} %" for label in (most, least)}
-        text += f" Most is gained with {most} ({signs[most]}), least with {least} ({signs[least]})."
+        words = {label: _change_words(fractions[label]) for label in (most, least)}
+        text += f" With {most}, which gains most, they are {words[most]};"
+        text += f" with {least}, which gains least, {words[least]}."
     return text
 
 
