@@ -2281,8 +2281,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'facevae/training/muon.py'),
                                        'facevae.training.muon.ClippedMuon.__init__': ( '09_training/muon.html#clippedmuon.__init__',
                                                                                        'facevae/training/muon.py'),
-                                       'facevae.training.muon.ClippedMuon._matrix_shape': ( '09_training/muon.html#clippedmuon._matrix_shape',
-                                                                                            'facevae/training/muon.py'),
                                        'facevae.training.muon.ClippedMuon._update': ( '09_training/muon.html#clippedmuon._update',
                                                                                       'facevae/training/muon.py'),
                                        'facevae.training.muon.orthogonalised': ( '09_training/muon.html#orthogonalised',

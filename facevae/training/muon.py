@@ -54,14 +54,9 @@ class ClippedMuon(ClippedAdam):
         super().__init__(parameters, *options, **named_options)
         self.stacks: dict[tuple[int, int], list[slice]] = {}  # places of all matrices of a shape
         for (start, count), parameter in zip(self.parts, self.parameters):
-            rows = parameter.shape[0]
-            if parameter.dim() > 1 and min(rows, count // rows) >= FEWEST_ROWS:
-                shape = self._matrix_shape(parameter)
+            shape = parameter.shape[0], count // parameter.shape[0]
+            if parameter.dim() > 1 and min(shape) >= FEWEST_ROWS:
                 self.stacks.setdefault(shape, []).append(slice(start, start + count))
-
-    @staticmethod
-    def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
-        return parameter.shape[0], parameter.numel() // parameter.shape[0]
 
     def _update(self) -> None:
         before = self.flat.detach().clone()
