@@ -54,8 +54,10 @@ class ClippedMuon(ClippedAdam):
         super().__init__(parameters, *options, **named_options)
         self.stacks: dict[tuple[int, int], list[slice]] = {}  # places of all matrices of a shape
         for (start, count), parameter in zip(self.parts, self.parameters):
+            if parameter.dim() < 2:
+                continue
             shape = parameter.shape[0], count // parameter.shape[0]
-            if parameter.dim() > 1 and min(shape) >= FEWEST_ROWS:
+            if min(shape) >= FEWEST_ROWS:
                 self.stacks.setdefault(shape, []).append(slice(start, start + count))
 
     def _update(self) -> None:
