@@ -131,19 +131,8 @@ def _read_metrics(path: Path, requested: dict, damaged: dict[str, str]) -> tuple
     return config, metrics
 
 # %% ../../nbs/11_analysis/00_results.ipynb #c0010
-STATUS_FIELDS = (
-    *(
-        "step",
-        "steps",
-        "seconds",
-        "device",
-        "versions",
-        "step_mode",
-        "step_asked",
-        "step_reason",
-        "stop_reason",
-    ),
-)
+STATUS_FIELDS = ("step", "steps", "seconds", "device", "versions")
+STATUS_FIELDS += ("step_mode", "step_asked", "step_reason", "stop_reason")
 CONFIG_FIELDS = ("size", "batch_size")
 
 

@@ -61,18 +61,16 @@ AcceptCodeOption = Annotated[
 SAID_METRICS = ("ssim", "lpips", "l1", "l2", "delta_e")
 
 
-def run_sentence(config, data: Path, runs: int = 0) -> str:
+def run_sentence(config, store, runs: int = 0) -> str:
     """What a run is, or each of several that differ in hypothesis and seed, in one line.
 
     config: of the run, its size decided.
-    data: the store that it is trained on.
+    store: that it is trained on.
     runs: how many a sweep has; 0 for a run of its own. A sweep's process reads no tables: it says how many
         faces there are, not in which splits.
     """
-    from facevae.data.store import FaceStore
     from facevae.sweep.workers import visible_gpus
 
-    store = FaceStore(data)
     faces = f"{len(store):,} faces"
     if not runs:
         counts = {split: f"{len(store.rows(split)):,}" for split in ("train", "val", "test")}
@@ -80,16 +78,17 @@ def run_sentence(config, data: Path, runs: int = 0) -> str:
     size = f"{config.size} px"
     if config.size < store.size:
         size += f" (the store has {store.size} px; --set size={store.size} trains on them)"
-    title = config.hypothesis
-    if title[0] == "H":
-        title += f" ({config.terms}, {'with' if config.mask else 'without'} masks)"
-    title += f", preset {config.preset}, seed {config.seed}"
     if runs > 1:
         title = f"{runs} runs, preset {config.preset}, each"
+    else:
+        title = config.hypothesis
+        if title[0] == "H":
+            title += f" ({config.terms}, {'with' if config.mask else 'without'} masks)"
+        title += f", preset {config.preset}, seed {config.seed}"
     device = "a GPU" if visible_gpus() else "the processor"
     return (
-        f"{title}: {config.steps:,} steps of {config.batch_size} "
-        f"images at {size}, width {config.width:g}; {faces}; on {device}."
+        f"{title}: {config.steps:,} steps of {config.batch_size} images at {size}, width {config.width:g}; "
+        f"{faces}; on {device}."
     )
 
 
@@ -167,7 +166,7 @@ def cli_train(
         typer.echo(f"{out} is finished already.")
         return
     store.check(progress=True)
-    typer.echo(run_sentence(config, data))
+    typer.echo(run_sentence(config, store))
     if dry_run:
         typer.echo(estimate_text([spec], data, WorkerCount(1, "")))
         return
@@ -229,6 +228,15 @@ def _cluster(
     return {"scheduler": scheduler, "scheduler_file": scheduler_file, "tls": files}
 
 
+def _sweep_estimate(runs, out: Path, data: Path, count, retry_failed: bool) -> str:
+    """What the runs of a sweep that are left would take. count: what `parse_workers` gives."""
+    from facevae.sweep.cost import estimate_text, sweep_workers
+
+    left = [one for one in runs if one.initial_state not in ("done", *["failed"] * (not retry_failed))]
+    text = estimate_text(left, data, sweep_workers(left, data, count)) if left else ""
+    return text or f"Of the {len(runs)} runs in {out} none is left to do."
+
+
 def cli_ablate(
     data: DataOption,
     out: OutOption,
@@ -268,7 +276,7 @@ def cli_ablate(
 ):
     """Run the study: each hypothesis with each seed, then the figures. Given again, it does the rest."""
     from facevae.config import parse_settings
-    from facevae.sweep.cost import estimate_text, sweep_workers
+    from facevae.data.store import FaceStore
     from facevae.sweep.plan import plan_sweep, run_report
     from facevae.sweep.scheduler import run_sweep
 
@@ -277,10 +285,8 @@ def cli_ablate(
     options = {"only": only, "accept_code": accept_code, "write": not dry_run}
     runs = plan_sweep(data, out, hypotheses, seed_list, preset, parse_settings(settings or []), **options)
     if dry_run:
-        left = [one for one in runs if one.initial_state not in ("done", *["failed"] * (not retry_failed))]
-        text = estimate_text(left, data, sweep_workers(left, data, count)) if left else ""
-        return typer.echo(text or f"Of the {len(runs)} runs in {out} none is left to do.")
-    typer.echo(run_sentence(runs[0].config, data, len(runs)))
+        return typer.echo(_sweep_estimate(runs, out, data, count, retry_failed))
+    typer.echo(run_sentence(runs[0].config, FaceStore(data), len(runs)))
     failed = run_sweep(runs, data, count, retry_failed=retry_failed, accept_code=accept_code, **cluster)
     typer.echo(f"Report: {run_report(out)}")
     if failed:
