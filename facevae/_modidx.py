@@ -617,6 +617,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'facevae.cli.models.load_model': ('15_cli/models.html#load_model', 'facevae/cli/models.py')},
             'facevae.cli.study': { 'facevae.cli.study._cluster': ('15_cli/study.html#_cluster', 'facevae/cli/study.py'),
                                    'facevae.cli.study._execute': ('15_cli/study.html#_execute', 'facevae/cli/study.py'),
+                                   'facevae.cli.study._own_options': ('15_cli/study.html#_own_options', 'facevae/cli/study.py'),
                                    'facevae.cli.study._sweep_estimate': ('15_cli/study.html#_sweep_estimate', 'facevae/cli/study.py'),
                                    'facevae.cli.study.cli_ablate': ('15_cli/study.html#cli_ablate', 'facevae/cli/study.py'),
                                    'facevae.cli.study.cli_hypotheses': ('15_cli/study.html#cli_hypotheses', 'facevae/cli/study.py'),
