@@ -20,11 +20,11 @@ from ..core import FaceVAEError
 from ..metrics.image import ssim
 from .batch_norm import BatchNorm
 from .losses import loss_terms, weight_terms
-from .vae import FaceVAE, FaceVAEOutput, paste_background
+from .vae import FaceVAE, FaceVAEOutput, TransposedConv, paste_background
 
 # %% ../../nbs/08_model/06_keras.ipynb #c0004
 KERAS_HEADS = {"hidden.0": "dense", "mean": "z_mean", "log_std": "z_logvar"}
-KERAS_KINDS = {nn.Conv2d: "conv2d", nn.ConvTranspose2d: "conv2d_transpose", BatchNorm: "batch_normalization"}
+KERAS_KINDS = {nn.Conv2d: "conv2d", TransposedConv: "conv2d_transpose", BatchNorm: "batch_normalization"}
 
 
 def keras_names(vae: FaceVAE) -> dict[str, str]:
