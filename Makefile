@@ -83,4 +83,4 @@ docs: $(VENV)/installed-docs
 	@echo "_docs/index.html"
 
 clean:
-	rm -rf build dist *.egg-info _proc _docs
+	rm -rf build dist *.egg-info _proc _docs .cache

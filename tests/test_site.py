@@ -56,6 +56,8 @@ def test_a_dead_link_of_the_site_is_named(site_pages, tmp_path, caplog):
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="make docs installs what builds the site")
+    untracked = ["git", "ls-files", "--others", "--exclude-standard"]
+    before = subprocess.run(untracked, cwd=ROOT, capture_output=True, text=True)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", "docs/mkdocs.yml"]
     built = subprocess.run(
         [*command, "--site-dir", tmp_path / "site"],
@@ -66,3 +68,5 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     )
     assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr[-3000:]
     assert (tmp_path / "site" / "index.html").is_file()
+    after = subprocess.run(untracked, cwd=ROOT, capture_output=True, text=True)
+    assert after.stdout == before.stdout, "what is left beside the sources is ignored by git"
