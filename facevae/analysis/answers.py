@@ -85,7 +85,7 @@ def average_gain(logs: pd.DataFrame, pairs: list[tuple[str, str]], **options) ->
 
 # %% ../../nbs/11_analysis/02_answers.ipynb #c0010
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}".replace("-", "−")
+    return f"{round(100 * fraction, 1) + 0.0:.1f}".replace("-", "−")  # + 0.0 makes −0 a 0
 
 
 def _change_words(fraction: float) -> str:
