@@ -105,6 +105,16 @@ def tree(pid: int) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
+def listening(processes: list[psutil.Process]) -> list[str]:
+    """Addresses on which processes listen."""
+    return [
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
 def all_gone(processes: list[psutil.Process], timeout: float = 60) -> list[psutil.Process]:
     """Those that are still there after a while."""
     _, alive = psutil.wait_procs(processes, timeout=timeout)

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, contents, facevae_here
+from faults import listening, tree
 from PIL import Image
 
 from facevae.atomic_io import atomic_directory, atomic_file, file_lock, machine_id, write_text
@@ -75,11 +76,6 @@ def wait_until(condition, at_work=None, seconds: float = 120):
         time.sleep(0.05)
 
 
-def family(process) -> list[psutil.Process]:
-    me = psutil.Process(process.pid)
-    return [me, *me.children(recursive=True)]
-
-
 # Ports
 
 
@@ -100,15 +96,9 @@ def test_a_sweep_on_one_machine_opens_no_port(store, stand_in, tmp_path):
     with command(tmp_path, *sweep_of, *settings, PYTHONPATH=str(stand_in)) as sweep:
         runs = [RunDirectory(tmp_path / "sweep" / name / "seed0") for name in ("H3", "H5")]
         wait_until(lambda: all(run.status.get("step", 0) > 2 for run in runs), sweep)
-        members = family(sweep.process)
-        listening = [
-            (member.cmdline(), one.laddr)
-            for member in members
-            for one in member.net_connections("inet")
-            if one.status == psutil.CONN_LISTEN
-        ]
+        members = tree(sweep.process.pid)
         kernels = [member for member in members if any("ipykernel" in word for word in member.cmdline())]
-        assert len(kernels) == 2 and not listening
+        assert len(kernels) == 2 and not listening(members)
         for kernel in kernels:
             file = next(Path(word) for word in kernel.cmdline() if word.endswith(".json"))
             assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from conftest import facevae_here
+from faults import listening, tree
 from PIL import Image
 
 from facevae.explore.explorer import LatentExplorer
@@ -338,14 +339,7 @@ def request(server, path, host=None, **headers):
 
 
 def test_only_this_machine_and_only_this_page(page, server):
-    tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
-    listening = {
-        connection.laddr.ip
-        for process in tree
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
+    assert set(listening(tree(server.process.pid))) == {"127.0.0.1"}
     address, token = urlsplit(server.url), urlsplit(server.url).query
     kernel = page.evaluate("JSON.parse(document.getElementById('jupyter-config-data').textContent).kernelId")
     cookies = "; ".join(f"{cookie['name']}={cookie['value']}" for cookie in page.context.cookies())

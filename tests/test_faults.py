@@ -26,6 +26,7 @@ from faults import (
     finished,
     kernel_of,
     kill,
+    listening,
     locks_of,
     read,
     run_of,
@@ -226,16 +227,6 @@ def test_one_hypothesis_is_not_finite_and_one_notebook_raises(store, undisturbed
     ]
     tally(faults=2, runs=2, differences=len(found))
     assert not found
-
-
-def listening(processes: list[psutil.Process]) -> list[str]:
-    """Addresses on which processes listen."""
-    return [
-        connection.laddr.ip
-        for process in processes
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
 
 
 def test_interrupted_by_ctrl_c(store, tmp_path, same):
