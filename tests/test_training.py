@@ -118,6 +118,8 @@ def test_extend_by_the_command(study, store, tmp_path):
     assert "12 steps of" in own.stdout and "10 of them done" in own.stdout, own.stderr
     seed = facevae_here("train", "--data", store, "--out", run, "--extend", 12, "--seed", 1)
     assert seed.returncode == 1 and "seed is 0 there and 1 here" in seed.stderr
+    preset = facevae_here("train", "--data", store, "--out", run, "--extend", 12, "--preset", "modern")
+    assert preset.returncode == 1 and "preset is 'quick' there and 'modern' here" in preset.stderr
     inside = facevae_here(*command[:6], study / "H9" / "seed0", *command[7:], 10)
     assert inside.returncode == 1 and "whose runs all have as many steps" in inside.stderr
 

@@ -100,6 +100,21 @@ def file_arguments(path: str | Path, flags: dict[str, bool]) -> list[str]:
     return arguments
 
 
+def _given(args: list[str], name: str) -> list[str]:
+    """The values that a command line gives to an option."""
+    values = [b for a, b in zip(args, args[1:]) if a == f"--{name}"]
+    return values + [one.partition("=")[2] for one in args if one.startswith(f"--{name}=")]
+
+
+def _files(args: list[str]) -> list[str | Path]:
+    """The files of options: of --config, or of a run that is extended with no hypothesis."""
+    if _given(args, "config") or _given(args, "hypothesis") or not _given(args, "extend"):
+        return _given(args, "config")
+    from facevae.training.configuration import OPTIONS_FILE
+
+    return [path for out in _given(args, "out") if (path := Path(out) / OPTIONS_FILE).is_file()]
+
+
 class ConfiguredCommand(TyperCommand):
     """A command whose options may stand in the file that --config names."""
 
@@ -108,9 +123,7 @@ class ConfiguredCommand(TyperCommand):
         names = {option.opts[0].lstrip("-"): option for option in self.params if option.opts[0][:2] == "--"}
         flags = {name: bool(getattr(one, "is_flag", False)) for name, one in names.items()}
         flags = {name: flag for name, flag in flags.items() if name not in ("config", "help")}
-        given = [b for a, b in zip(args, args[1:]) if a == "--config"]
-        given += [one.partition("=")[2] for one in args if one.startswith("--config=")]
-        options = [option for path in given for option in file_arguments(path, flags)]
+        options = [option for path in _files(args) for option in file_arguments(path, flags)]
         return super().parse_args(ctx, options + args)
 
 

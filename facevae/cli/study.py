@@ -108,14 +108,6 @@ def result_sentence(run) -> str:
     return f"{stopped}On {images} (face view): {numbers}. Faces: {faces}"
 
 
-def _own_options(config, seed: int, overrides: dict) -> tuple:
-    """Hypothesis, preset, seed and overrides of a run, but for what is given. config: a RunConfig."""
-    from facevae.config import format_settings, parse_settings
-
-    overrides = parse_settings(format_settings(config)) | overrides
-    return config.hypothesis, config.preset, seed or config.seed, overrides
-
-
 def _execute(spec, accept_code: bool):
     """Execute a run, with a bar; returns its RunResult. spec: a RunSpec."""
     from facevae.sweep.workers import worker_environment
@@ -162,8 +154,6 @@ def cli_train(
     if initial:
         overrides |= initial_settings(initial, overrides)
     if extend:
-        if hypothesis is None and preset == "quick":  # which has no hypothesis: neither was given
-            hypothesis, preset, seed, overrides = _own_options(run.config, seed, overrides)
         overrides |= extension(run.config, extend)
     config = make_config(hypothesis, preset, seed, overrides).fit(store.size)
     if initial and not run.saved_step:
